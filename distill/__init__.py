@@ -1,0 +1,1 @@
+"""The three distillation stages: transfer, new layers, full model."""

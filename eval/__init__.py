@@ -1,0 +1,1 @@
+"""Honest measurement: perplexity, recall outside the window with its ablations, probes, the report."""

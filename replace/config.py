@@ -1,0 +1,170 @@
+"""The configuration of a run as dataclasses: what Hydra composes, what validation checks, what every part reads.
+
+Only plain types live here, so that the file can be read without Hydra. `conf/` holds the values; the defaults below
+are those of `+exp=infini budget=quick`.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class ModelConfig:
+    """The teacher: `kind` is smollm2 (from the package index), hf (hub id), local (folder) or tiny (random, for tests)."""
+
+    kind: str = "smollm2"
+    id: str | None = None
+    path: str | None = None
+    revision: str | None = None
+    family: str = "llama"
+    trust_remote_code: bool = False
+
+
+@dataclass
+class AttentionConfig:
+    """One attention variant and its options; see `replace/attention/` for the equations.
+
+    `window` counts the exact tokens before a query's own block and is a multiple of `block`; `local: segment` has none.
+    """
+
+    name: str = "infini"
+    local: str = "sliding_window"
+    block: int = 32
+    window: int = 32
+    sinks: int = 4
+    distance_cap: int | None = 512
+    pairs: int = 64
+    pairs_score: str = "learned"
+    feature_map: str = "hedgehog"
+    update: str = "linear"
+    gate: str = "head"
+    gate_init: float = -1.0
+    write_gate: str = "token"
+    rotary: bool = False
+    clamp: float = 1e4
+
+
+@dataclass
+class LayersConfig:
+    """Which decoder layers get `attention`: `select` is all, list, every, first, last or retrieval.
+
+    `indices` serves `list`; `k` serves every (each k-th), first, last and retrieval (the k layers in which the teacher's
+    attention goes from the answer to the needle most strongly). `rest` is what the others get: keep, or a variant's name, which
+    then shares all options of `attention`.
+    """
+
+    select: str = "all"
+    indices: list[int] = field(default_factory=list)
+    k: int = 1
+    rest: str = "keep"
+
+
+@dataclass
+class DataConfig:
+    """The text: `kind` is index (from the package index), files or hf. `recall` is the share of recall episodes in stages 2 and 3."""
+
+    kind: str = "index"
+    path: str | None = None
+    name: str | None = None
+    split: str = "train"
+    text_field: str = "text"
+    recall: float = 0.34
+
+
+@dataclass
+class StageBudget:
+    """The size of one stage: tokens in all, rows a step, tokens a row. `tokens: 0` leaves the stage out."""
+
+    tokens: int = 0
+    batch: int = 1
+    length: int = 1024
+
+
+@dataclass
+class EvalBudget:
+    """How much is measured: perplexity tokens a book, episodes a cell, the recall lengths between phases and at the end."""
+
+    perplexity_tokens: int = 16384
+    perplexity_length: int = 1024
+    episodes: int = 8
+    phase_lengths: list[int] = field(default_factory=lambda: [1024])
+    final_lengths: list[int] = field(default_factory=lambda: [1024, 4096])
+    speed_lengths: list[int] = field(default_factory=lambda: [1024, 65536])
+
+
+@dataclass
+class BudgetConfig:
+    """Everything that costs time."""
+
+    name: str = "quick"
+    stage1: StageBudget = field(default_factory=StageBudget)
+    stage2: StageBudget = field(default_factory=StageBudget)
+    stage3: StageBudget = field(default_factory=StageBudget)
+    eval: EvalBudget = field(default_factory=EvalBudget)
+
+
+@dataclass
+class StageConfig:
+    """How the three stages train: learning rates by parameter group, losses, guards."""
+
+    transfer_loss: str = "mse"
+    objective: str = "kl"
+    lr_projection1: float = 5e-5
+    lr_map1: float = 1e-3
+    lr_gate: float = 1e-2
+    lr_score: float = 3e-3
+    lr_projection2: float = 5e-5
+    lr_map2: float = 1e-3
+    lr_stage3: float = 1e-5
+    warmup: float = 0.05
+    clip: float = 1.0
+    accumulate: int = 1
+    max_skipped: int = 5
+    weight_decay: float = 0.0
+    checkpoint_every: int = 20
+    gradient_checkpointing: bool = False
+
+
+@dataclass
+class LoraConfig:
+    """The tuning after stage 3: none or peft."""
+
+    kind: str = "none"
+
+
+@dataclass
+class EvalConfig:
+    """What is measured: a named set."""
+
+    name: str = "quick"
+
+
+@dataclass
+class LoggerConfig:
+    """Where metrics go besides the run's folder: none or wandb."""
+
+    kind: str = "none"
+    project: str = "layer-replace"
+
+
+@dataclass
+class Config:
+    """One run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    layers: LayersConfig = field(default_factory=LayersConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    stage: StageConfig = field(default_factory=StageConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    experiment: str | None = None
+    seed: int = 0
+    stages: list[int] = field(default_factory=lambda: [1, 2, 3])
+    source: str | None = None
+    resume: str | None = None
+    dry_run: bool = False
+    verbose: bool = False
+    precision: str = "auto"
+    threads: int | None = None
