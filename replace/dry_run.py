@@ -1,0 +1,157 @@
+"""`dry_run=true`: what a run would do, roughly, from configs alone; no weight is loaded."""
+
+import time
+from dataclasses import dataclass
+
+from replace.config import AttentionConfig, Config, StageBudget
+from replace.loading import ModelFacts, check_model
+from replace.validation import selected
+
+FP32 = 4
+BOOKS = 2
+PROBE = 1024
+# A model reaches about this share of a large matrix product's speed: small products, norms, softmax, Python.
+SHARE_OF_PEAK = 0.6
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Counts of a run. `passes` are token-passes in units of one forward through all parameters."""
+
+    new_layers: int
+    rest_layers: int
+    projections: int
+    added: int
+    tokens: tuple[int, int, int]
+    trained: tuple[int, int, int]
+    training_passes: float
+    evaluation_passes: float
+
+
+def describe(config: Config) -> str:
+    """The text that `dry_run=true` prints."""
+    facts = check_model(config.model)
+    plan = make_plan(config, facts)
+    peak = measure_peak()
+    per_minute = SHARE_OF_PEAK * peak * 60 / (2 * facts.parameters)  # token-passes
+    training, evaluation = plan.training_passes / per_minute, plan.evaluation_passes / per_minute
+    which = selected(config.layers, facts.layers)
+    chosen = "measured first, where the teacher retrieves" if which is None else f"layers {which}"
+    kept = facts.layers - plan.new_layers - plan.rest_layers
+    lines = [
+        f"Dry run of {config.experiment} with budget {config.budget.name}; no weight is loaded.",
+        f"  model    {config.model.kind}: {facts.family}, {facts.parameters:,} parameters",
+        f"  layers   {plan.new_layers} get {config.attention.name} ({chosen})",
+        f"           {plan.rest_layers} get {config.layers.rest}, {kept} keep their own",
+    ]
+    for number, trained, tokens in zip((1, 2, 3), plan.trained, plan.tokens, strict=True):
+        work = f"trains {trained:,} parameters on {tokens:,} tokens" if tokens else "left out"
+        lines.append(f"  stage {number}  {work}")
+    total = training + evaluation
+    lines += [
+        f"  time     about {total:.0f} minutes (training {training:.0f}, evaluation {evaluation:.0f})",
+        f"  memory   about {memory_bytes(config, facts, plan) / 2**30:.1f} GiB",
+        f"  disk     about {disk_bytes(config, facts, plan) / 2**30:.1f} GiB in the run's folder",
+        "All figures are estimates: parameters, memory and disk from shapes in fp32; time from two operations",
+        f"a parameter and token at {SHARE_OF_PEAK:.0%} of {peak / 1e9:.0f} GFLOP/s, which a matrix product",
+        "reached here just now. Downloads come on top.",
+    ]
+    return "\n".join(lines)
+
+
+def make_plan(config: Config, facts: ModelFacts) -> Plan:
+    """Count layers, parameters and passes of a run."""
+    chosen = selected(config.layers, facts.layers)
+    new = len(chosen) if chosen is not None else config.layers.k
+    rest = 0 if config.layers.rest == "keep" else facts.layers - new
+    projections = 2 * facts.hidden * facts.head_dim * (facts.heads + facts.kv_heads)
+    added = new * added_parameters(config.attention, config.attention.name, facts)
+    added += rest * added_parameters(config.attention, config.layers.rest, facts)
+    local = (new + rest) * projections + added
+    budgets = (config.budget.stage1, config.budget.stage2, config.budget.stage3)
+    tokens = tuple(
+        _whole_steps(budget) if stage in config.stages else 0 for stage, budget in enumerate(budgets, 1)
+    )
+    # Stage 1: a teacher's forward and the new layers' work; 2 and 3: two forwards, a backward of 1.5 or 2.
+    shares = (1 + 3 * local / facts.parameters, 3.5, 4.0)
+    training = sum(count * share for count, share in zip(tokens, shares, strict=True))
+    return Plan(
+        new_layers=new,
+        rest_layers=rest,
+        projections=projections,
+        added=added,
+        tokens=tokens,  # type: ignore[arg-type]
+        trained=(local, local, facts.parameters + added),
+        training_passes=training,
+        evaluation_passes=evaluation_tokens(config),
+    )
+
+
+def added_parameters(attention: AttentionConfig, variant: str, facts: ModelFacts) -> int:
+    """New parameters of one layer: maps per head, gates, write gates, pair scores."""
+    if variant in ("keep", "identity"):
+        return 0
+    linear_of_input = facts.kv_heads * (facts.hidden + 1)
+    count = linear_of_input if attention.pairs and attention.pairs_score == "learned" else 0
+    if variant in ("infini", "linear"):
+        maps = (facts.heads + facts.kv_heads) * facts.head_dim**2
+        count += maps if attention.feature_map == "hedgehog" else 0
+        count += linear_of_input if attention.write_gate == "token" else 0
+    if variant == "infini":
+        count += facts.heads * (facts.hidden + 1 if attention.gate == "token" else 1)
+    return count
+
+
+def evaluation_tokens(config: Config) -> float:
+    """Tokens that evaluation reads: two books and three depths of episodes a phase, ablations at the end."""
+    measured = config.budget.eval
+    phases = 2 + sum(1 for stage in config.stages if getattr(config.budget, f"stage{stage}").tokens)
+    cell = 3 * measured.episodes
+    recall = phases * cell * sum(measured.phase_lengths) + 4 * 2 * cell * sum(measured.final_lengths)
+    return phases * BOOKS * measured.perplexity_tokens + recall
+
+
+def memory_bytes(config: Config, facts: ModelFacts, plan: Plan) -> int:
+    """Bytes of weights, originals, the largest stage's gradients and moments, a step's activations."""
+    running = [stage for stage in config.stages if plan.tokens[stage - 1]]
+    trained = max((plan.trained[stage - 1] for stage in running), default=0)
+    weights = facts.parameters + plan.added + (plan.new_layers + plan.rest_layers) * plan.projections
+    if 3 in running:
+        weights += facts.parameters  # the teacher beside a student that changes everywhere
+    rows = max((budget.batch * budget.length for budget in _budgets(config)), default=0)
+    # About 20 tensors of the hidden width a layer are kept for the backward, three of the vocabulary's.
+    activations = rows * (20 * facts.layers * facts.hidden + 3 * facts.vocab)
+    return FP32 * (weights + 3 * trained + activations)
+
+
+def disk_bytes(config: Config, facts: ModelFacts, plan: Plan) -> int:
+    """Bytes of the export and a checkpoint a stage: weights, and two moments of what it trains."""
+    model = facts.parameters + plan.added
+    checkpoints = sum(
+        model + 2 * plan.trained[stage - 1] for stage in config.stages if plan.tokens[stage - 1]
+    )
+    return FP32 * (model + checkpoints)
+
+
+def measure_peak(seconds: float = 0.3) -> float:
+    """Operations a second of a large fp32 matrix product, on the device that a run would use."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    matrix = torch.randn(PROBE, PROBE, device=device)
+    (matrix @ matrix).sum().item()
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        (matrix @ matrix).sum().item()
+        count += 1
+    return count * 2 * PROBE**3 / (time.perf_counter() - start)
+
+
+def _budgets(config: Config) -> list[StageBudget]:
+    every = (config.budget.stage1, config.budget.stage2, config.budget.stage3)
+    return [budget for stage, budget in enumerate(every, 1) if stage in config.stages and budget.tokens]
+
+
+def _whole_steps(budget: StageBudget) -> int:
+    step = max(1, budget.batch * budget.length)
+    return budget.tokens // step * step

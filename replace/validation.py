@@ -1,0 +1,281 @@
+"""Everything that can be known to be wrong before a weight is loaded; each refusal is one sentence."""
+
+import glob
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from replace.compose import differences, load_config
+from replace.config import AttentionConfig, Config, DataConfig, LayersConfig, ModelConfig
+from replace.errors import bad_value
+
+if TYPE_CHECKING:
+    from replace.loading import ModelFacts
+
+SELECTS = ("all", "every", "first", "last", "list", "retrieval")
+LOCALS = ("segment", "sliding_window")
+UPDATES = ("delta_bounded", "linear")
+GATES = ("head", "token")
+WRITE_GATES = ("none", "token")
+PRECISIONS = ("auto", "bf16", "fp16", "fp32")
+LOSSES = ("mse", "huber", "cosine")
+OBJECTIVES = ("kl", "ce", "mix")
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+
+
+def validate(config: Config, facts: "ModelFacts | None" = None) -> None:
+    """Check a config as far as it can be checked without weights.
+
+    Args:
+        config: a composed run.
+        facts: what is known of the model; looked up from `config.model` if None.
+
+    Raises:
+        UserError: the first thing found wrong.
+    """
+    _check_run(config)
+    _check_model_fields(config.model)
+    _check_data(config.data, _longest(config))
+    _check_stages(config)
+    _check_attention(config.attention)
+    _check_budget(config)
+    if config.source is not None and config.resume is None:
+        _check_source(config, Path(config.source).expanduser())
+    _check_names(config)
+    facts = facts or _facts(config.model)
+    _check_layers(config.layers, facts.layers)
+    if _longest(config) > facts.max_position:
+        longest = max(("stage1", "stage2", "stage3"), key=lambda name: getattr(config.budget, name).length)
+        raise bad_value(
+            f"budget.{longest}.length",
+            _longest(config),
+            f"at most {facts.max_position}, the model's positions",
+        )
+
+
+def selected(layers: LayersConfig, count: int) -> list[int] | None:
+    """The indices that `layers` selects in a model of `count` layers; None where measured (retrieval)."""
+    if layers.select == "retrieval":
+        return None
+    if layers.select == "list":
+        return sorted(layers.indices)
+    return {
+        "all": list(range(count)),
+        "every": list(range(0, count, max(1, layers.k))),
+        "first": list(range(min(layers.k, count))),
+        "last": list(range(max(0, count - layers.k), count)),
+    }[layers.select]
+
+
+def _require(condition: bool, field: str, value: object, allowed: str) -> None:
+    if not condition:
+        raise bad_value(field, value, allowed)
+
+
+def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise bad_value(field, value, allowed)
+
+
+def _check_run(config: Config) -> None:
+    _one_of("precision", config.precision, PRECISIONS)
+    stages = config.stages
+    _require(bool(stages), "stages", stages, "one or more of 1, 2, 3")
+    _require(all(stage in (1, 2, 3) for stage in stages), "stages", stages, "1, 2 and 3")
+    _require(stages == sorted(set(stages)), "stages", stages, "each stage once, in rising order")
+    _require(0 <= config.seed < 2**32, "seed", config.seed, "a whole number from 0 to 2**32 - 1")
+    cores = os.cpu_count() or 1
+    if config.threads is not None:
+        _require(
+            1 <= config.threads <= cores,
+            "threads",
+            config.threads,
+            f"1 to {cores}, the cores of this machine, or null",
+        )
+    _one_of("lora.kind", config.lora.kind, ("none",))
+    _one_of("logger.kind", config.logger.kind, ("none", "wandb"))
+
+
+def _check_model_fields(model: ModelConfig) -> None:
+    _one_of("model.kind", model.kind, ("smollm2", "tiny", "hf", "local"))
+    if model.kind == "hf":
+        _require(
+            bool(model.id), "model.id", model.id, "the id of a hub model, such as HuggingFaceTB/SmolLM2-135M"
+        )
+    if model.kind == "local":
+        folder = Path(model.path or "").expanduser()
+        found = bool(model.path) and (folder / "config.json").is_file()
+        _require(found, "model.path", model.path, "a folder with a config.json, as save_pretrained writes it")
+
+
+def _check_attention(attention: AttentionConfig) -> None:
+    _one_of("attention.local", attention.local, LOCALS)
+    _one_of("attention.update", attention.update, UPDATES)
+    _one_of("attention.gate", attention.gate, GATES)
+    _one_of("attention.write_gate", attention.write_gate, WRITE_GATES)
+    block, window = attention.block, attention.window
+    _require(block >= 1, "attention.block", block, "a whole number of at least 1")
+    _require(
+        window >= 0 and window % block == 0,
+        "attention.window",
+        window,
+        f"a multiple of attention.block={block}, or 0",
+    )
+    _require(
+        0 <= attention.sinks <= block, "attention.sinks", attention.sinks, f"0 to attention.block={block}"
+    )
+    _require(attention.pairs >= 0, "attention.pairs", attention.pairs, "0 or more")
+    exact = block + (window if attention.local == "sliding_window" else 0)
+    if attention.distance_cap is not None:
+        _require(
+            attention.distance_cap >= exact,
+            *("attention.distance_cap", attention.distance_cap),
+            f"at least {exact}, the tokens that are exact (attention.window + attention.block), or null",
+        )
+    _require(attention.clamp > 0, "attention.clamp", attention.clamp, "a number above 0")
+
+
+def _check_names(config: Config) -> None:
+    """Names that registries know; imported last, since they bring torch."""
+    from replace.feature_maps import FEATURE_MAPS
+
+    FEATURE_MAPS.get(config.attention.feature_map)
+
+
+def _check_layers(layers: LayersConfig, count: int) -> None:
+    _one_of("layers.select", layers.select, SELECTS)
+    if layers.select == "list":
+        indices = layers.indices
+        _require(
+            bool(indices), "layers.indices", indices, f"one or more of 0 to {count - 1}, the model's layers"
+        )
+        wrong = [index for index in indices if not 0 <= index < count]
+        _require(
+            not wrong, "layers.indices", wrong[0] if wrong else None, f"0 to {count - 1}, the model's layers"
+        )
+        _require(len(set(indices)) == len(indices), "layers.indices", indices, "each layer once")
+    elif layers.select != "all":
+        _require(1 <= layers.k <= count, "layers.k", layers.k, f"1 to {count}, the model's layers")
+
+
+def _check_stages(config: Config) -> None:
+    stage = config.stage
+    _one_of("stage.transfer_loss", stage.transfer_loss, LOSSES)
+    _one_of("stage.objective", stage.objective, OBJECTIVES)
+    for name in ("projection1", "map1", "gate", "score", "projection2", "map2", "stage3"):
+        rate = getattr(stage, f"lr_{name}")
+        _require(0 <= rate < 1, f"stage.lr_{name}", rate, "a learning rate from 0 to below 1")
+    _require(0 <= stage.warmup <= 1, "stage.warmup", stage.warmup, "a share from 0 to 1")
+    _require(0 <= stage.weight_decay <= 1, "stage.weight_decay", stage.weight_decay, "a number from 0 to 1")
+    _require(stage.clip > 0, "stage.clip", stage.clip, "a number above 0")
+    for name in ("accumulate", "max_skipped", "checkpoint_every"):
+        value = getattr(stage, name)
+        _require(value >= 1, f"stage.{name}", value, "a whole number of at least 1")
+
+
+def _check_budget(config: Config) -> None:
+    block = config.attention.block
+    for name in ("stage1", "stage2", "stage3"):
+        stage, field = getattr(config.budget, name), f"budget.{name}"
+        _require(stage.tokens >= 0, f"{field}.tokens", stage.tokens, "0 (leave the stage out) or more")
+        if stage.tokens == 0:
+            continue
+        _require(stage.batch >= 1, f"{field}.batch", stage.batch, "a whole number of at least 1")
+        _require(
+            stage.length >= 2 * block,
+            *(
+                f"{field}.length",
+                stage.length,
+                f"at least {2 * block}, two blocks of attention.block={block}",
+            ),
+        )
+        step = stage.batch * stage.length
+        _require(
+            stage.tokens >= step,
+            f"{field}.tokens",
+            stage.tokens,
+            f"at least {step}, one step of batch x length, or 0",
+        )
+    measured = config.budget.eval
+    _require(
+        measured.perplexity_length >= 2,
+        "budget.eval.perplexity_length",
+        measured.perplexity_length,
+        "2 or more",
+    )
+    _require(
+        measured.perplexity_tokens >= measured.perplexity_length,
+        *("budget.eval.perplexity_tokens", measured.perplexity_tokens),
+        f"at least budget.eval.perplexity_length={measured.perplexity_length}",
+    )
+    _require(
+        measured.episodes >= 1, "budget.eval.episodes", measured.episodes, "a whole number of at least 1"
+    )
+    exact = config.attention.window + 2 * block
+    for name in ("phase_lengths", "final_lengths"):
+        for length in getattr(measured, name):
+            allowed = f"lengths above {exact}, since the needle must lie outside window and block"
+            _require(length > exact, f"budget.eval.{name}", length, allowed)
+    for length in measured.speed_lengths:
+        _require(length >= 1, "budget.eval.speed_lengths", length, "lengths of at least 1")
+
+
+def _check_data(data: DataConfig, length: int) -> None:
+    _one_of("data.kind", data.kind, ("index", "files", "hf"))
+    _require(0 <= data.recall <= 1, "data.recall", data.recall, "a share from 0 to 1")
+    if data.kind == "hf":
+        _require(bool(data.path), "data.path", data.path, "the name of a hub data set, such as allenai/c4")
+    if data.kind == "files":
+        _check_files(data.path, length)
+
+
+def _check_files(path: str | None, length: int) -> None:
+    """A user's files exist, hold text, and fill one row of `length` tokens (a token is a byte or more)."""
+    wanted = f"a file, folder or glob of {', '.join(SUFFIXES)}"
+    _require(bool(path), "data.path", path, wanted)
+    place = Path(str(path)).expanduser()
+    if place.is_dir():
+        found = sorted(file for file in place.rglob("*") if file.suffix in SUFFIXES)
+    else:
+        found = [Path(name) for name in sorted(glob.glob(str(place), recursive=True)) if Path(name).is_file()]
+    _require(bool(found), "data.path", path, f"{wanted} that exists")
+    for file in found:
+        _require(file.suffix in SUFFIXES, "data.path", str(file), f"files that end in {', '.join(SUFFIXES)}")
+        _require(file.stat().st_size > 0, "data.path", str(file), "files that are not empty")
+        if file.suffix != ".parquet":
+            with file.open("rb") as opened:
+                binary = b"\0" in opened.read(1 << 16)
+            _require(not binary, "data.path", str(file), "text in UTF-8, not binary data")
+    size = sum(file.stat().st_size for file in found)
+    _require(
+        size >= length,
+        "data.path",
+        str(path),
+        f"text of at least one row of {length} tokens (budget.stage*.length)",
+    )
+
+
+def _check_source(config: Config, run: Path) -> None:
+    """The run whose stages are reused trained the same layers of the same model."""
+    theirs = load_config(run, "from")
+    for part in ("model", "attention", "layers"):
+        for key, mine, other in differences(getattr(config, part), getattr(theirs, part), part):
+            raise bad_value(
+                "from", str(run), f"a run with the same {part}; there {key} is {other!r}, here {mine!r}"
+            )
+    first = config.stages[0]
+    _require(first > 1, "stages", config.stages, "stages after 1 where from= gives what came before")
+
+
+def _facts(model: ModelConfig) -> "ModelFacts":
+    from replace.loading import check_model
+
+    return check_model(model)
+
+
+def _longest(config: Config) -> int:
+    """Tokens of the longest training row."""
+    budget = config.budget
+    return max(
+        (stage.length for stage in (budget.stage1, budget.stage2, budget.stage3) if stage.tokens), default=0
+    )
