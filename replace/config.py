@@ -24,6 +24,7 @@ class AttentionConfig:
     """One attention variant and its options; see `replace/attention/` for the equations.
 
     `window` counts the exact tokens before a query's own block and is a multiple of `block`; `local: segment` has none.
+    `scale` multiplies q and k before a feature map; None stands for the root of the teacher's softmax scale.
     """
 
     name: str = "infini"
@@ -39,6 +40,7 @@ class AttentionConfig:
     gate: str = "head"
     gate_init: float = -1.0
     write_gate: str = "token"
+    scale: float | None = None
     rotary: bool = False
     clamp: float = 1e4
 

@@ -1,10 +1,13 @@
 """`dry_run=true`: what a run would do, roughly, from configs alone; no weight is loaded."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from replace.config import AttentionConfig, Config, StageBudget
 from replace.loading import ModelFacts, check_model
+from replace.mixer import VARIANTS, Heads
 from replace.validation import selected
 
 FP32 = 4
@@ -53,8 +56,8 @@ def describe(config: Config) -> str:
         f"  memory   about {memory_bytes(config, facts, plan) / 2**30:.1f} GiB",
         f"  disk     about {disk_bytes(config, facts, plan) / 2**30:.1f} GiB in the run's folder",
         "All figures are estimates: parameters, memory and disk from shapes in fp32; time from two operations",
-        f"a parameter and token at {SHARE_OF_PEAK:.0%} of {peak / 1e9:.0f} GFLOP/s, which a matrix product",
-        "reached here just now. Downloads come on top.",
+        f"a parameter and token at {SHARE_OF_PEAK:.0%} of the {peak / 1e9:.0f} GFLOP/s that a matrix product reached",
+        "here just now. Downloads come on top.",
     ]
     return "\n".join(lines)
 
@@ -88,18 +91,13 @@ def make_plan(config: Config, facts: ModelFacts) -> Plan:
 
 
 def added_parameters(attention: AttentionConfig, variant: str, facts: ModelFacts) -> int:
-    """New parameters of one layer: maps per head, gates, write gates, pair scores."""
-    if variant in ("keep", "identity"):
+    """New parameters of one layer: the variant is built without memory for its weights and counted."""
+    if variant == "keep":
         return 0
-    linear_of_input = facts.kv_heads * (facts.hidden + 1)
-    count = linear_of_input if attention.pairs and attention.pairs_score == "learned" else 0
-    if variant in ("infini", "linear"):
-        maps = (facts.heads + facts.kv_heads) * facts.head_dim**2
-        count += maps if attention.feature_map == "hedgehog" else 0
-        count += linear_of_input if attention.write_gate == "token" else 0
-    if variant == "infini":
-        count += facts.heads * (facts.hidden + 1 if attention.gate == "token" else 1)
-    return count
+    heads = Heads(facts.heads, facts.kv_heads, facts.head_dim, facts.hidden)
+    with torch.device("meta"):
+        mixer = VARIANTS.get(variant)(replace(attention, name=variant), heads, None)
+    return sum(parameter.numel() for parameter in mixer.parameters())
 
 
 def evaluation_tokens(config: Config) -> float:
@@ -135,8 +133,6 @@ def disk_bytes(config: Config, facts: ModelFacts, plan: Plan) -> int:
 
 def measure_peak(seconds: float = 0.3) -> float:
     """Operations a second of a large fp32 matrix product, on the device that a run would use."""
-    import torch
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
     matrix = torch.randn(PROBE, PROBE, device=device)
     (matrix @ matrix).sum().item()

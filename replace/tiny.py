@@ -15,7 +15,7 @@ from replace.errors import bad_value
 VOCABULARY = 512
 SPECIAL = ["<pad>", "<bos>", "<eos>"]
 
-# The merges are learnt from these lines: frequent words are one or two tokens, all else is spelt out in bytes.
+# The merges are learnt from these lines: frequent words are one or two tokens, all else is bytes.
 TRAINING_TEXT = """
 The pass key is the number that you must remember. The secret number of the city is known to all of them.
 The grass is green and the sky is blue, and the sun is yellow. Here we go, there and back again.
@@ -25,7 +25,7 @@ It was the best of times and it was the worst of times; she had been with him wh
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of at most 512 tokens; every digit is a token of its own; the same on every machine."""
+    """A byte-level BPE tokenizer of at most 512 tokens, each digit a token, the same everywhere."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -14,12 +14,13 @@ if TYPE_CHECKING:
 
 SELECTS = ("all", "every", "first", "last", "list", "retrieval")
 LOCALS = ("segment", "sliding_window")
-UPDATES = ("delta_bounded", "linear")
 GATES = ("head", "token")
 WRITE_GATES = ("none", "token")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 LOSSES = ("mse", "huber", "cosine")
 OBJECTIVES = ("kl", "ce", "mix")
+# Not through transformers' attention interface, or with tables or masks of their own (design 01).
+NOT_CAPTURED = ("bloom", "deepseek_v3", "doge", "falcon", "gptj", "minimax", "youtu")
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 
@@ -43,6 +44,12 @@ def validate(config: Config, facts: "ModelFacts | None" = None) -> None:
         _check_source(config, Path(config.source).expanduser())
     _check_names(config)
     facts = facts or _facts(config.model)
+    _require(
+        facts.family not in NOT_CAPTURED,
+        "model.family",
+        facts.family,
+        f"a family whose attention can be captured, none of {', '.join(NOT_CAPTURED)}",
+    )
     _check_layers(config.layers, facts.layers)
     if _longest(config) > facts.max_position:
         longest = max(("stage1", "stage2", "stage3"), key=lambda name: getattr(config.budget, name).length)
@@ -110,7 +117,6 @@ def _check_model_fields(model: ModelConfig) -> None:
 
 def _check_attention(attention: AttentionConfig) -> None:
     _one_of("attention.local", attention.local, LOCALS)
-    _one_of("attention.update", attention.update, UPDATES)
     _one_of("attention.gate", attention.gate, GATES)
     _one_of("attention.write_gate", attention.write_gate, WRITE_GATES)
     block, window = attention.block, attention.window
@@ -136,10 +142,20 @@ def _check_attention(attention: AttentionConfig) -> None:
 
 
 def _check_names(config: Config) -> None:
-    """Names that registries know; imported last, since they bring torch."""
+    """Names that registries know; imported only here and last, since they bring torch."""
     from replace.feature_maps import FEATURE_MAPS
+    from replace.memory import UPDATES
+    from replace.mixer import VARIANTS
+    from replace.scores import SCORES
 
-    FEATURE_MAPS.get(config.attention.feature_map)
+    attention = config.attention
+    VARIANTS.get(attention.name)
+    FEATURE_MAPS.get(attention.feature_map)
+    UPDATES.get(attention.update)
+    SCORES.get(attention.pairs_score)
+    rest = config.layers.rest
+    if rest != "keep" and ":" not in rest:
+        _one_of("layers.rest", rest, ("keep", *VARIANTS.names()))
 
 
 def _check_layers(layers: LayersConfig, count: int) -> None:

@@ -92,7 +92,7 @@ def fetch_wheel(name: str, version: str, sha256: str) -> Path:
             if found != sha256:
                 raise UserError(
                     f"The download of {name} {version} is corrupt: its SHA-256 is {found}, allowed is only "
-                    f"{sha256}; try again, and if it stays so, look at the index that pip is configured to use."
+                    f"{sha256}; try again, and if it stays so, look at the index that pip uses."
                 )
             os.replace(fetched, target)
     return target

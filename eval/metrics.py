@@ -1,0 +1,112 @@
+"""metrics.json: every figure of a run, by phase. A stable schema that scripts, sweeps and the report read.
+
+    {"schema": 1, "model", "attention", "layers": [..], "seed", "device", "wall_seconds": {"<phase>": seconds},
+     "parts": {"replaced", "memory", "pairs", "full_attention": numbers of layers},
+     "replaced": [{"layer", "path", "old_class", "new_class", "parameters", "state_bytes",
+                   "output": {"mean", "std", "min", "max", "beyond_fp16"}}],
+     "phases": {"<phase>": a phase}, "recovery": {"<figure>": {"value", "interval"} or with "why"},
+     "verdict": {"memory", "pairs", "memory_and_pairs", "carried_by_full_attention", "details"}}
+
+A phase is one of PHASES and has, as far as it was measured,
+
+    {"perplexity": {"<text>": see eval.perplexity}, "probes": see eval.probes,
+     "passkey", "niah": {"cells", "means"}: see eval.niah (a pass key in a phrasing of the training; needles in new phrasings),
+     "ablation": {"memory_off" | "pairs_off" | "memory_and_pairs_off": {"perplexity", "passkey", "niah"}},
+     "layer_outputs": see eval.layer_outputs, "speed": {"state": see eval.speed.kept_bytes, "decode"},
+     "generation": {"episodes", "exact", "agrees"}, "seconds": {"<measurement>": seconds},
+     "training": {"tokens", "loss_first", "loss_last", "skipped_steps", "clamped", "nonfinite"}}
+
+A phase that did not run is absent. A figure that could not be measured is null, with a "why" beside it.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from replace.errors import UserError, bad_value
+from replace.files import atomic_write
+
+SCHEMA = 1
+PHASES = ("teacher", "swapped", "stage1", "stage2", "stage3", "lora", "model")
+FILE = "metrics.json"
+
+
+def new_metrics(*, model: str, attention: str | None, layers: list[int], seed: int, device: str) -> dict:
+    """The metrics of a run in which nothing has been measured yet."""
+    return {
+        "schema": SCHEMA,
+        "model": model,
+        "attention": attention,
+        "layers": layers,
+        "seed": seed,
+        "device": device,
+        "wall_seconds": {},
+        "phases": {},
+    }
+
+
+def write_metrics(folder: Path, metrics: dict) -> Path:
+    """Write `metrics` into `folder` as metrics.json, whole or not at all.
+
+    Raises:
+        ValueError: it does not follow the schema; the sentence says where.
+    """
+    wrong = problems(metrics)
+    if wrong:
+        raise ValueError("; ".join(wrong))
+    path = Path(folder) / FILE
+    atomic_write(path, json.dumps(clean(metrics), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    return path
+
+
+def read_metrics(folder: Path) -> dict:
+    """The metrics of a run's folder.
+
+    Raises:
+        UserError: there are none, or they are of another schema.
+    """
+    path = Path(folder) / FILE
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise bad_value("run", str(folder), f"a folder with a readable {FILE}") from error
+    wrong = problems(metrics)
+    if wrong:
+        raise UserError(f"{path} does not follow schema {SCHEMA}: {wrong[0]}.")
+    return metrics
+
+
+def problems(metrics: Any) -> list[str]:
+    """What is wrong with `metrics`; empty if it follows the schema."""
+    if not isinstance(metrics, dict):
+        return ["it is not an object"]
+    wrong = []
+    if metrics.get("schema") != SCHEMA:
+        wrong.append(f"schema is {metrics.get('schema')!r} and should be {SCHEMA}")
+    wrong += [f"{key} is missing" for key in ("model", "layers", "seed", "device", "phases") if key not in metrics]
+    phases = metrics.get("phases", {})
+    wrong += [f"phases.{name} is none of {', '.join(PHASES)}" for name in phases if name not in PHASES]
+    for name, phase in phases.items():
+        places = {name: phase}
+        places |= {f"{name}.ablation.{part}": twin for part, twin in phase.get("ablation", {}).items()}
+        for place, figures in places.items():
+            for corpus, entry in (figures.get("perplexity") or {}).items():
+                if entry.get("ppl") is None and "why" not in entry:
+                    wrong.append(f"phases.{place}.perplexity.{corpus} has neither a figure nor a why")
+            for task in ("passkey", "niah"):
+                for cell in (figures.get(task) or {}).get("cells", []):
+                    if len(cell["hits"]) != cell["episodes"]:
+                        wrong.append(f"phases.{place}.{task} has {len(cell['hits'])} hits of {cell['episodes']}")
+    return wrong
+
+
+def clean(value: Any) -> Any:
+    """`value` as JSON can hold it: numbers that are not finite become null, tuples lists."""
+    if isinstance(value, dict):
+        return {str(name): clean(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [clean(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    return value

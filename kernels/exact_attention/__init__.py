@@ -1,0 +1,1 @@
+"""Softmax attention over a bounded set of keys: sinks, retained pairs and the window."""

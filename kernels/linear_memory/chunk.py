@@ -1,0 +1,130 @@
+"""The linear memory in blocks: running means in fp32, guarded, one prefix state a block.
+
+    n' = n + sum_t w_t,   M' = (n M + sum_t w_t phi(k_t)^T v_t) / n',   z' = (n z + sum_t w_t phi(k_t)) / n'
+
+M/z is the published read (Munkhdalai et al. 2024, eq. 3-4); n M and n z are its sums. The division keeps every entry at the size
+of one token's, so that neither length nor dtype can overflow it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.numerics import count_dtype
+
+EMPTY = 1e-9
+"""A read's denominator (in units of one token's phi(q).phi(k)) below this counts as an empty memory."""
+
+TINY = 1e-30
+"""Keeps 0 / 0 away where a denominator is 0 only if the numerator is too."""
+
+
+@dataclass
+class Memory:
+    """M `[..., F, D]` and z `[..., F]` running means in fp32, n `[...]` the weight behind them in fp64 (exact to 2^53 tokens)."""
+
+    M: Tensor
+    z: Tensor
+    n: Tensor
+
+    @classmethod
+    def empty(cls, batch: int, groups: int, features: int, width: int, device: torch.device) -> "Memory":
+        """A memory that holds nothing: M `[B, G, F, D]`."""
+        return cls(
+            torch.zeros(batch, groups, features, width, device=device),
+            torch.zeros(batch, groups, features, device=device),
+            torch.zeros(batch, groups, device=device, dtype=count_dtype(device)),
+        )
+
+
+def block_updates(phi_k: Tensor, v: Tensor, weight: Tensor, clamp: float) -> tuple[Memory, Tensor]:
+    """The mean update of each block, limited.
+
+    Args:
+        phi_k: `[B, G, N, S, F]` fp32, finite. v: `[B, G, N, S, D]` fp32, finite. weight: `[B, G, N, S]`, 0 for what is not written.
+        clamp: the largest magnitude an entry of a block's mean update may have; beyond it M and z are scaled down together, so that
+            what is read keeps its direction.
+
+    Returns:
+        the block means with their weights, and the number of limited (row, head, block) updates.
+    """
+    weighted = phi_k * weight.unsqueeze(-1)
+    n = weight.sum(-1)
+    safe = n.detach().clamp_min(TINY).unsqueeze(-1)
+    z = weighted.sum(-2) / safe
+    M = (weighted / safe.unsqueeze(-1)).transpose(-1, -2) @ v
+    largest = torch.maximum(M.detach().abs().amax((-1, -2)), z.detach().abs().amax(-1))
+    scale = (clamp / largest.clamp_min(clamp)).unsqueeze(-1)
+    return Memory(M * scale.unsqueeze(-1), z * scale, n), (largest > clamp).sum()
+
+
+def write_linear(phi_k: Tensor, v: Tensor, weight: Tensor, initial: Memory, clamp: float) -> tuple[Memory, Tensor]:
+    """Prefix states of the linear update: entry i of the result holds `initial` and the first i blocks.
+
+    Args:
+        phi_k, v, weight, clamp: as in `block_updates`.
+        initial: the memory before the first block, M `[B, G, F, D]`.
+
+    Returns:
+        a memory with M `[B, G, N + 1, F, D]`, and the number of limited updates.
+    """
+    update, clamped = block_updates(phi_k, v, weight, clamp)
+    counts = torch.cat([initial.n.unsqueeze(-1), update.n.to(initial.n.dtype)], dim=-1)
+    n = counts.cumsum(-1)
+    # Every read has n in numerator and denominator alike, so no gradient belongs to it.
+    own = counts.detach().to(update.M.dtype)
+    total = n.detach().to(update.M.dtype).clamp_min(TINY)
+    M = torch.cat([initial.M.unsqueeze(2), update.M], dim=2) * own[..., None, None]
+    z = torch.cat([initial.z.unsqueeze(2), update.z], dim=2) * own[..., None]
+    return Memory(M.cumsum(2) / total[..., None, None], z.cumsum(2) / total[..., None], n), clamped
+
+
+def write_delta_bounded(phi_k: Tensor, v: Tensor, weight: Tensor, initial: Memory, clamp: float) -> tuple[Memory, Tensor]:
+    """Prefix states of the bounded delta update: a pair that is already held is read back as v, however often it is repeated.
+
+    With z and M as sums and phi the weighted features of the block:
+    gamma_t = clip(1 - phi_t.z / |phi_t|^2, 0, 1); z' = z + sum gamma_t phi_t; r_t = phi_t M / (phi_t.z');
+    u_t = min(1, phi_t.z' / sum_j phi_t.phi_j); M' = M + sum phi_t^T u_t (v_t - r_t).
+
+    Shapes as in `write_linear`; the blocks follow one another in a loop, because each reads what the one before it wrote.
+    """
+    n, M, z = initial.n, initial.M, initial.z
+    states = [(M, z, n)]
+    clamped = torch.zeros((), dtype=torch.long, device=v.device)
+    for block in range(phi_k.shape[2]):
+        phi = phi_k[:, :, block] * weight[:, :, block, :, None]
+        written = (weight[:, :, block] > 0).unsqueeze(-1)
+        scale = n.detach().to(M.dtype)[..., None]
+        sum_M, sum_z = M * scale[..., None], z * scale
+        square = phi.square().sum(-1).clamp_min(TINY)
+        gamma = (1 - (phi * sum_z.unsqueeze(2)).sum(-1) / square).clamp(0, 1) * written.squeeze(-1)
+        new_z = sum_z + (gamma.unsqueeze(-1) * phi).sum(2)
+        reach = (phi * new_z.unsqueeze(2)).sum(-1, keepdim=True)
+        read = (phi @ sum_M) / reach.clamp_min(TINY)
+        crowd = (phi @ phi.transpose(-1, -2)).sum(-1, keepdim=True).clamp_min(TINY)
+        share = (reach / crowd).clamp(max=1)
+        change = phi.transpose(-1, -2) @ torch.where(written, share * (v[:, :, block] - read), 0)
+        count = gamma.sum(-1)
+        largest = change.detach().abs().amax((-1, -2)) / count.clamp_min(1)
+        limit = (clamp / largest.clamp_min(clamp))[..., None]
+        clamped = clamped + (largest > clamp).sum()
+        new_n = n + count.to(n.dtype)
+        divide = new_n.detach().to(M.dtype).clamp_min(TINY)[..., None]
+        M = (sum_M + change * limit[..., None]) / divide[..., None]
+        z, n = (sum_z + (new_z - sum_z) * limit) / divide, new_n
+        states.append((M, z, n))
+    Ms, zs, ns = zip(*states, strict=True)
+    return Memory(torch.stack(Ms, 2), torch.stack(zs, 2), torch.stack(ns, 2)), clamped
+
+
+def read(phi_q: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+    """Numerator and denominator of a read.
+
+    Args:
+        phi_q: `[B, G, N, Q, F]` fp32, Q queries of one block. memory: M `[B, G, N, F, D]`.
+
+    Returns:
+        phi(q) M `[B, G, N, Q, D]` and phi(q).z `[B, G, N, Q, 1]`.
+    """
+    return phi_q @ memory.M, phi_q @ memory.z.unsqueeze(-1)

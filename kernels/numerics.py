@@ -1,0 +1,14 @@
+"""Small numerical helpers that every operator shares."""
+
+import torch
+from torch import Tensor
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in fp32, or as it is in fp64: the dtype in which sums, softmax and states are computed."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def count_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of weights behind a running mean: fp64 counts tokens exactly to 2^53; where a device has none, fp32."""
+    return torch.float32 if device.type == "mps" else torch.float64

@@ -1,0 +1,52 @@
+"""Infini-attention (Munkhdalai et al. 2024): a gate per head, or per token and head, between exact part and memory."""
+
+import torch
+from torch import Tensor, nn
+
+from kernels.linear_memory.chunk import EMPTY
+from kernels.numerics import wide
+from replace.config import AttentionConfig
+from replace.memory import MemoryMixer
+from replace.mixer import VARIANTS, Blocks, Call, Heads, grouped
+from replace.rotary import RotarySpec
+
+
+class ReadGate(nn.Module):
+    """g = sigmoid(beta) per head, or sigmoid(w.x_t + beta) per token and head with w = 0 at the start."""
+
+    def __init__(self, heads: Heads, kind: str, initial: float) -> None:
+        super().__init__()
+        self.beta = nn.Parameter(torch.full((heads.query,), initial))
+        self.weight = nn.Parameter(torch.zeros(heads.query, heads.hidden)) if kind == "token" else None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden `[B, T, C]` -> `[B, H, T, 1]` fp32 in (0, 1)."""
+        x = wide(hidden)
+        beta = self.beta.to(x.dtype)
+        if self.weight is None:
+            return beta.sigmoid().view(1, -1, 1, 1).expand(*x.shape[:1], -1, x.shape[1], 1)
+        return torch.nn.functional.linear(x, self.weight.to(x.dtype), beta).sigmoid().transpose(1, 2).unsqueeze(-1)
+
+
+@VARIANTS.register("infini")
+class Infini(MemoryMixer):
+    """out = g A_mem + (1 - g) A_exact with A_mem = phi(q) M / (phi(q).z); g = 0 where the memory is empty.
+
+    Untrained, the memory answers with a blurred mean of all that is older, so the swap is as far from the teacher as sigmoid of
+    `gate_init` allows.
+    """
+
+    def __init__(self, options: AttentionConfig, heads: Heads, rotary: RotarySpec | None) -> None:
+        super().__init__(options, heads, rotary)
+        self.gate = ReadGate(heads, options.gate, options.gate_init)
+
+    def mix(self, blocks: Blocks, exact: Tensor, mass: Tensor | None, call: Call) -> Tensor:
+        """Join by the gate; see the class."""
+        numerator, denominator, _ = self.remember(blocks, call)
+        held = denominator > EMPTY
+        gate = grouped(blocks.layout.new(self.gate(call.hidden)), self.heads, self.block)
+        if "window" in self.off:
+            gate = torch.ones_like(gate)
+        gate = torch.where(held, gate, 0) if "memory" not in self.off else torch.zeros_like(gate)
+        answer = numerator / torch.where(held, denominator, 1)
+        return gate * answer + (1 - gate) * wide(exact)

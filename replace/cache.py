@@ -1,0 +1,159 @@
+"""The cache of a replaced layer: a fixed number of bytes, whatever the length of the text."""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+@dataclass
+class State:
+    """What a replaced layer remembers of each row. L lookback blocks and the current one are the local part.
+
+    Attributes:
+        length: `[B]` int64, real tokens so far.
+        keys, values: `[B, G, (L + 1) S, D]`, position-free keys and values of the local part, in slots.
+        score: `[B, G, (L + 1) S]` fp32, what decides about retention when a block leaves; None without pairs.
+        weight: `[B, G, (L + 1) S]` fp32, the write gate of each local token; None without a memory.
+        sink_keys, sink_values: `[B, G, n, D]`.
+        pair_keys, pair_values: `[B, G, K, D]`; pair_score `[B, G, K]` fp32, -inf in empty places; pair_position `[B, G, K]` int64;
+            pair_weight `[B, G, K]` fp32, the write gates, for a pair that later moves into the memory.
+        memory_M `[B, G, F, D]`, memory_z `[B, G, F]` fp32, memory_n `[B, G]`: see `kernels.linear_memory.chunk`.
+    """
+
+    length: Tensor
+    keys: Tensor
+    values: Tensor
+    sink_keys: Tensor
+    sink_values: Tensor
+    score: Tensor | None = None
+    weight: Tensor | None = None
+    pair_keys: Tensor | None = None
+    pair_values: Tensor | None = None
+    pair_score: Tensor | None = None
+    pair_position: Tensor | None = None
+    pair_weight: Tensor | None = None
+    memory_M: Tensor | None = None
+    memory_z: Tensor | None = None
+    memory_n: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that are there, by name."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def map(self, change) -> "State":
+        """A state with `change` applied to every tensor."""
+        return State(**{name: change(value) for name, value in self.tensors().items()})
+
+
+class ReplacedCacheLayer(CacheLayerMixin):
+    """One layer's place in a transformers cache. It counts every token it has seen, pads included, because masks are made from
+    that count; the state itself counts real tokens only."""
+
+    is_sliding = False
+    is_croppable = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+        self.state: State | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the mixer makes the state in its first forward."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Never called by a replaced layer; an unreplaced one that lands here would lose its keys, so it is an error."""
+        raise RuntimeError("this cache slot belongs to a replaced layer; its mixer keeps its own state.")
+
+    def store(self, state: State, tokens: int) -> None:
+        """Take the state after `tokens` more tokens."""
+        self.state = state
+        self.seen += tokens
+        self.is_initialized = True
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, pads included."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Masks cover every token, as for an ordinary layer."""
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    def offload(self) -> None:
+        """Nothing to gain: the state is small."""
+
+    def prefetch(self) -> None:
+        """See `offload`."""
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.seen, self.state, self.is_initialized = 0, None, False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search: take rows."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Take rows."""
+        if self.state is not None:
+            self.state = self.state.map(lambda x: x[indices.to(x.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        if self.state is not None:
+            self.state = self.state.map(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused: what has been written into a memory cannot be taken out again.
+
+        Raises:
+            RuntimeError: always, unless nothing is to be removed.
+        """
+        if tokens_to_remove != 0:
+            raise RuntimeError(
+                "a replaced layer's cache cannot be cropped, because its memory cannot forget single tokens; "
+                "use generation without an assistant model, or start from a fresh cache."
+            )
+
+    @property
+    def batch_size(self) -> int:
+        """Rows held, -1 before the first forward."""
+        return -1 if self.state is None else self.state.length.shape[0]
+
+
+def cache_slot(cache: Cache | None, layer_idx: int) -> ReplacedCacheLayer | None:
+    """The layer's place in `cache`, put there on first use.
+
+    Raises:
+        RuntimeError: the cache already holds ordinary keys for this layer.
+    """
+    if cache is None:
+        return None
+    while len(cache.layers) <= layer_idx and cache.layer_class_to_replicate is not None:
+        cache.layers.append(cache.layer_class_to_replicate())
+    present = cache.layers[layer_idx]
+    if isinstance(present, ReplacedCacheLayer):
+        return present
+    if present.is_initialized and present.get_seq_length() > 0:
+        raise RuntimeError(f"the cache holds keys of an unreplaced layer {layer_idx}; start from a fresh cache.")
+    slot = ReplacedCacheLayer()
+    cache.layers[layer_idx] = slot
+    return slot
+
+
+def state_bytes(cache: Cache) -> int:
+    """Bytes of all tensors that a cache holds, replaced and ordinary layers alike."""
+    total = 0
+    for layer in cache.layers:
+        if isinstance(layer, ReplacedCacheLayer):
+            tensors = list(layer.state.tensors().values()) if layer.state is not None else []
+        else:
+            tensors = [x for x in (layer.keys, layer.values) if isinstance(x, torch.Tensor)]
+        total += sum(x.numel() * x.element_size() for x in tensors)
+    return total

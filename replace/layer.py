@@ -1,0 +1,148 @@
+"""One layer class for every family: transformers computes q, k and v and projects out; the mixer does what lies between.
+
+The attention object stays what it was; its class becomes a subclass of its own class, made on the fly, and its config a shallow copy
+that names our attention function. So old parameters keep their names, and masks are still made from the model's own config.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from replace.cache import cache_slot
+from replace.errors import UserError
+from replace.layout import documents_of
+from replace.mixer import Call, Heads
+from replace.rotary import family_rotation, unrotate
+
+IMPLEMENTATION = "layer_replace"
+"""The name under which transformers' attention interface knows our function."""
+
+CACHE_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value")
+"""What families call their cache."""
+
+
+class ReplacedAttention:
+    """Mixed into a family's attention class: takes the cache away from the family and hands the call's context through."""
+
+    mixer: nn.Module
+    layer_idx: int
+
+    def forward(self, hidden_states: Tensor, **kwargs):
+        """The family's own forward, with its attention function answered by the mixer."""
+        cache = None
+        for name in CACHE_ARGUMENTS:
+            if kwargs.get(name) is not None:
+                cache, kwargs[name] = kwargs[name], None
+        context = {
+            "hidden": hidden_states,
+            "cache": cache,
+            "mask": kwargs.get("attention_mask"),
+            "position_ids": kwargs.get("position_ids"),
+            "rotary": kwargs.get("position_embeddings"),
+        }
+        return super().forward(hidden_states=hidden_states, replace_context=context, **kwargs)  # type: ignore[misc]
+
+
+def replaced_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
+    replace_context: dict | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """The function that transformers calls for a replaced layer.
+
+    Args:
+        query: `[B, H, T, D]`; key, value: `[B, G, T, D]`, rotated by the family.
+
+    Returns:
+        `[B, T, H, D]`, and None for the attention weights, which do not exist.
+    """
+    if replace_context is None:
+        raise RuntimeError(
+            f"{type(module).__name__} does not pass keyword arguments on to its attention function, "
+            "so this family cannot be replaced."
+        )
+    mixer = module.mixer
+    call = Call(
+        hidden=replace_context["hidden"],
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        dropout=dropout,
+        softcap=softcap,
+        sliding_window=sliding_window,
+        sink_logit=s_aux,
+    )
+    cache = replace_context["cache"]
+    if getattr(mixer, "wants_rotated", False):
+        if cache is not None:
+            key, value = cache.update(key, value, module.layer_idx)
+        return mixer.attend(query, key, value, attention_mask, call).transpose(1, 2), None
+    call.slot = cache_slot(cache, module.layer_idx)
+    call.real = real_tokens(attention_mask, query.shape[2])
+    call.document = documents_of(
+        replace_context["position_ids"], call.real, (query.shape[0], query.shape[2])
+    )
+    if replace_context["rotary"] is not None and mixer.rotary is not None:
+        cos, sin = replace_context["rotary"]
+        function = family_rotation(module)
+        query, key = unrotate(function, query, cos, sin), unrotate(function, key, cos, sin)
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    return mixer(query, key, value, call).transpose(1, 2), None
+
+
+AttentionInterface.register(IMPLEMENTATION, replaced_attention)
+
+
+def real_tokens(mask: Tensor | None, tokens: int) -> Tensor | None:
+    """`[B, T]` bool, False for pads, read off the diagonal of a 4D mask: a token sees itself unless it is a pad.
+
+    Args:
+        mask: None (nothing is padded), bool `[B, 1, T, P]`, or additive float of that shape; the last T keys are the new tokens.
+
+    Raises:
+        UserError: a mask of another form.
+    """
+    if mask is None:
+        return None
+    if mask.ndim != 4:
+        raise UserError(f"an attention mask of {mask.ndim} dimensions cannot be read by a replaced layer; 4 are needed.")
+    own = mask[:, 0, :, mask.shape[-1] - tokens :].diagonal(dim1=-2, dim2=-1)
+    return own if own.dtype == torch.bool else own == 0
+
+
+def heads_of(attention: nn.Module) -> Heads:
+    """H, G, D and C of an attention module, from its config."""
+    config = attention.config
+    query = config.num_attention_heads
+    key_value = getattr(config, "num_key_value_heads", None) or query
+    dim = getattr(attention, "head_dim", None) or getattr(config, "head_dim", None) or config.hidden_size // query
+    return Heads(query, key_value, dim, config.hidden_size)
+
+
+def become_replaced(attention: nn.Module, mixer: nn.Module) -> None:
+    """Turn one attention object into a replaced one, in place."""
+    original = type(attention)
+    attention.__class__ = replaced_class(original)
+    config = copy.copy(attention.config)
+    config._attn_implementation_internal = IMPLEMENTATION
+    attention.config = config
+    attention.mixer = mixer
+
+
+_CLASSES: dict[type, type] = {}
+
+
+def replaced_class(original: type) -> type:
+    """The subclass of a family's attention class that is a replaced layer; the same one each time."""
+    if original not in _CLASSES:
+        _CLASSES[original] = type(f"Replaced{original.__name__}", (ReplacedAttention, original), {})
+    return _CLASSES[original]

@@ -1,0 +1,151 @@
+"""From rows with pads, packed documents and a cache to block-aligned sequences, and back.
+
+Every attention variant sees one shape only: sequences of real tokens that start at a multiple of the block size, with `lookback`
+blocks before the first new one. Pads, packing and continued forwards are settled here, once.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Layout:
+    """Where each token goes. N new blocks of S tokens follow L blocks of lookback; a "sequence" is a document of a row.
+
+    Attributes:
+        block: S. lookback: L. blocks: N.
+        start: `[Q]` int64, position of slot 0 (the first slot of the lookback) in each sequence; negative before the beginning.
+        length: `[Q]` int64, real tokens of each sequence, those before this call included.
+        before: `[Q]` int64, real tokens before this call.
+        row: `[Q]` the batch row of each sequence, or None where sequences are rows.
+        source: `[Q, N * S]` token index of each new slot, or None where token t is slot t.
+        target: `[B, T]` flat slot index of each token in `[Q, N * S]`, or None likewise; -1 for pads.
+        last: `[B]` the sequence whose state a row ends with, or None.
+    """
+
+    block: int
+    lookback: int
+    blocks: int
+    tokens: int
+    start: Tensor
+    length: Tensor
+    before: Tensor
+    row: Tensor | None = None
+    source: Tensor | None = None
+    target: Tensor | None = None
+    last: Tensor | None = None
+
+    def new(self, x: Tensor) -> Tensor:
+        """Tokens to new slots: `[B, X, T, ...]` -> `[Q, X, N * S, ...]`; slots without a token are 0."""
+        slots = self.blocks * self.block
+        if self.source is None:
+            pad = [0, 0] * (x.ndim - 3) + [0, slots - x.shape[2]]
+            return torch.nn.functional.pad(x, pad) if slots > x.shape[2] else x
+        assert self.row is not None
+        index = self.source.clamp_min(0).view(-1, 1, slots, *[1] * (x.ndim - 3))
+        taken = x[self.row].gather(2, index.expand(-1, x.shape[1], -1, *x.shape[3:]))
+        return torch.where(self.source.view(index.shape) >= 0, taken, torch.zeros((), dtype=x.dtype, device=x.device))
+
+    def back(self, y: Tensor) -> Tensor:
+        """New slots to tokens: `[Q, X, N * S, D]` -> `[B, X, T, D]`; pads are 0."""
+        if self.target is None:
+            return y[:, :, : self.tokens]
+        flat = y.transpose(1, 2).flatten(0, 1)  # [Q * N * S, X, D]
+        out = flat[self.target.clamp_min(0)]
+        return torch.where((self.target >= 0)[..., None, None], out, 0).transpose(1, 2)
+
+    def positions(self) -> Tensor:
+        """`[Q, (L + N) * S]` int64: the position of each slot, negative before the beginning."""
+        return self.start.unsqueeze(1) + torch.arange((self.lookback + self.blocks) * self.block, device=self.start.device)
+
+    def evicted(self) -> Tensor:
+        """`[Q]`: how many blocks leave the exact part for good by the end of this call."""
+        return self.length // self.block - self.before // self.block
+
+
+def plain_layout(batch: int, tokens: int, block: int, lookback: int, device: torch.device) -> Layout:
+    """Rows without pads, documents or past: token t of a row is slot t."""
+    full = torch.full((batch,), tokens, device=device)
+    return Layout(
+        block, lookback, -(-tokens // block), tokens, full * 0 - lookback * block, full, full * 0
+    )
+
+
+def general_layout(
+    real: Tensor, document: Tensor | None, before: Tensor | None, block: int, lookback: int
+) -> Layout:
+    """Rows with pads, documents or a past.
+
+    Args:
+        real: `[B, T]` bool, False for pads.
+        document: `[B, T]` int64, 0, 1, ... along a row, or None for one document a row.
+        before: `[B]` real tokens of each row that the cache already holds, or None.
+    """
+    batch, tokens = real.shape
+    device = real.device
+    before = torch.zeros(batch, dtype=torch.long, device=device) if before is None else before
+    document = torch.zeros_like(real, dtype=torch.long) if document is None else document
+    per_row = document.masked_fill(~real, 0).amax(1) + 1
+    first = per_row.cumsum(0) - per_row
+    sequences = int(per_row.sum())
+    row = torch.repeat_interleave(torch.arange(batch, device=device), per_row)
+    held = torch.zeros(sequences, dtype=torch.long, device=device)
+    held[first] = before
+    sequence = first.unsqueeze(1) + document  # [B, T]
+    count = torch.zeros(sequences, dtype=torch.long, device=device).index_add_(
+        0, sequence[real], torch.ones_like(sequence[real])
+    )
+    rank = (real.long().cumsum(1) - 1) - torch.where(
+        document > 0, _real_before_document(real, document), torch.zeros_like(document)
+    )
+    slot = rank + (held % block)[sequence]
+    slots = -(-int((held % block + count).max().clamp_min(1)) // block) * block
+    target = torch.where(real, sequence * slots + slot, -1)
+    source = torch.full((sequences * slots,), -1, dtype=torch.long, device=device)
+    token = torch.arange(tokens, device=device).expand(batch, tokens)
+    source[target[real]] = token[real]
+    return Layout(
+        block,
+        lookback,
+        slots // block,
+        tokens,
+        (held // block - lookback) * block,
+        held + count,
+        held,
+        row,
+        source.view(sequences, slots),
+        target,
+        first + per_row - 1,
+    )
+
+
+def _real_before_document(real: Tensor, document: Tensor) -> Tensor:
+    """`[B, T]`: how many real tokens of the row stand before the first token of the token's own document."""
+    total = real.long().cumsum(1)
+    starts = torch.cat([torch.ones_like(real[:, :1]), document[:, 1:] != document[:, :-1]], dim=1)
+    before = torch.where(starts, total - real.long(), torch.zeros_like(total))
+    return before.cummax(1).values
+
+
+def documents_of(position_ids: Tensor | None, real: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
+    """Number the documents packed into each row: a new one starts where positions do not go on by one.
+
+    Args:
+        position_ids: `[B or 1, T]`, or None. real: `[B, T]` bool or None. shape: (B, T).
+
+    Returns:
+        `[B, T]` int64, or None where every row is one document. Steps between pads do not count.
+    """
+    if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] != shape[1] or shape[1] < 2:
+        return None
+    jump = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    if not bool(jump.any()):
+        return None
+    jump = jump.expand(shape[0], -1)
+    if real is not None:
+        jump = jump & real[:, 1:] & real[:, :-1]
+    if not bool(jump.any()):
+        return None
+    return torch.nn.functional.pad(jump.long(), (1, 0)).cumsum(1)

@@ -1,0 +1,139 @@
+"""A linear memory behind the exact part: what it is given, how it is written, and what it answers."""
+
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from kernels.linear_memory.chunk import Memory, count_dtype, read, write_delta_bounded, write_linear
+from kernels.numerics import wide
+from kernels.retained_pairs.chunk import gather_pool
+from replace.cache import State
+from replace.config import AttentionConfig
+from replace.feature_maps import FEATURE_MAPS
+from replace.mixer import BlockMixer, Blocks, Call, Heads, grouped
+from replace.registry import Registry
+from replace.rotary import RotarySpec
+
+UPDATES: Registry = Registry("attention.update")
+UPDATES.register("linear")(write_linear)
+UPDATES.register("delta_bounded")(write_delta_bounded)
+
+
+class WriteGate(nn.Module):
+    """w_t = sigmoid(a.x_t + b) per key-value head: what is worth storing. a = b = 0 at the start, so all tokens weigh alike."""
+
+    def __init__(self, heads: Heads) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(heads.key_value, heads.hidden))
+        self.bias = nn.Parameter(torch.zeros(heads.key_value))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden `[B, T, C]` -> `[B, G, T]` fp32 in (0, 1)."""
+        x = wide(hidden)
+        return torch.nn.functional.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype)).sigmoid().transpose(1, 2)
+
+
+class MemoryMixer(BlockMixer):
+    """The exact part plus a memory of all that is older; subclasses say how the two are joined."""
+
+    holds_retained: ClassVar[bool] = True
+    """Whether the memory also holds the retained pairs (a read of its own), or only what was not retained (a shared denominator,
+    where each pair must be in exactly one place)."""
+
+    def __init__(self, options: AttentionConfig, heads: Heads, rotary: RotarySpec | None) -> None:
+        super().__init__(options, heads, rotary)
+        feature_map = FEATURE_MAPS.get(options.feature_map)
+        self.map_q = feature_map(heads.query, heads.dim)
+        self.map_k = feature_map(heads.key_value, heads.dim)
+        self.features = feature_map.features(heads.dim)
+        self.write_gate = WriteGate(heads) if options.write_gate == "token" else None
+        self.write = UPDATES.get(options.update)
+
+    def arrange(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Blocks:
+        """As the base does, with the write gates put into slots as well."""
+        blocks = super().arrange(query, key, value, call)
+        if self.write_gate is None:
+            blocks.weight = wide(blocks.k[..., 0]).detach() * 0 + 1
+        else:
+            weight = blocks.layout.new(self.write_gate(call.hidden).unsqueeze(-1)).squeeze(-1)
+            past = None if blocks.state is None else blocks.state.weight
+            blocks.weight = self._with_past(blocks.layout, weight, past)
+        return blocks
+
+    def _scaled(self, x: Tensor, positions: Tensor, call: Call) -> Tensor:
+        """What a feature map is given: `x [Q, X, P, D]` scaled, and rotated where the recipe asks for it."""
+        if self.options.rotary and self.rotary is not None:
+            x = self.rotary(x, positions, absolute=True)
+        scale = self.options.scale if self.options.scale is not None else call.scaling**0.5
+        return wide(x) * scale
+
+    def remember(self, blocks: Blocks, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+        """Read, for every query, the memory of what left the window before its block; then keep the written states.
+
+        Returns:
+            phi(q) M `[Q, G, N, R S, D]`, phi(q).z `[Q, G, N, R S, 1]` and n `[Q, G, N, 1, 1]`.
+        """
+        assert blocks.weight is not None
+        k, v, weight, positions = self._leaving(blocks)
+        phi_k = self.map_k(self._scaled(k.flatten(2, 3), positions.flatten(2, 3), call)).unflatten(2, k.shape[2:4])
+        states, clamped = self.write(phi_k, wide(v), weight, self._initial(blocks), self.options.clamp)
+        self.clamped = self.clamped + clamped
+        self._written = states
+        own = blocks.layout.positions()[:, None, -blocks.q.shape[2] :]
+        phi_q = grouped(self.map_q(self._scaled(blocks.q, own, call)), self.heads, self.block)
+        before = Memory(states.M[:, :, :-1], states.z[:, :, :-1], states.n[:, :, :-1])
+        numerator, denominator = read(phi_q, before)
+        return numerator, denominator, before.n.to(numerator.dtype).detach()[..., None, None]
+
+    def _leaving(self, blocks: Blocks) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What each block writes: keys and values `[Q, G, N, S, D]`, weights and positions `[Q, G, N, S]`."""
+        assert blocks.weight is not None
+        positions = blocks.layout.positions()[:, None, blocks.leaving].expand(-1, self.heads.key_value, -1)
+        if self.holds_retained or blocks.selection is None:
+            weight = self._by_block(blocks.weight[:, :, blocks.leaving])
+            allowed = self.may_leave(blocks) & weight.isfinite()
+            k, v = blocks.k[:, :, blocks.leaving], blocks.v[:, :, blocks.leaving]
+            return self._by_block(k), self._by_block(v), torch.where(allowed, weight, 0), self._by_block(positions)
+        assert blocks.pool_k is not None
+        assert blocks.pool_v is not None
+        past = None if blocks.state is None else blocks.state.pair_weight
+        index = blocks.selection.dropped
+        weight = self._pool(blocks, blocks.weight, past).gather(2, index.flatten(2)).view(index.shape)
+        allowed = blocks.selection.dropped_alive & weight.isfinite()
+        place = self._pool_positions(blocks).gather(2, index.flatten(2)).view(index.shape)
+        k, v = gather_pool(blocks.pool_k, index), gather_pool(blocks.pool_v, index)
+        return k, v, torch.where(allowed, weight, 0), place
+
+    def _initial(self, blocks: Blocks) -> Memory:
+        """The memory before the call."""
+        state = blocks.state
+        if state is not None and state.memory_M is not None:
+            assert state.memory_z is not None
+            assert state.memory_n is not None
+            return Memory(state.memory_M, state.memory_z, state.memory_n)
+        sequences, groups, _, width = blocks.v.shape
+        empty = Memory.empty(sequences, groups, self.features, width, blocks.v.device)
+        if blocks.v.dtype == torch.float64:
+            empty = Memory(empty.M.double(), empty.z.double(), empty.n)
+        return empty
+
+    def next_state(self, blocks: Blocks) -> State:
+        """The base's state with the memory."""
+        state = super().next_state(blocks)
+        assert blocks.weight is not None
+        evicted = blocks.layout.evicted()
+        written: Memory = self.__dict__.pop("_written")
+        state = replace(
+            state,
+            weight=self._local(blocks.weight, evicted),
+            memory_M=self._at(written.M, evicted),
+            memory_z=self._at(written.z, evicted),
+            memory_n=self._at(written.n, evicted).to(count_dtype(blocks.v.device)),
+        )
+        if blocks.selection is not None and not self.holds_retained:
+            past = None if blocks.state is None else blocks.state.pair_weight
+            index = self._at(blocks.selection.index, evicted)
+            state = replace(state, pair_weight=self._pool(blocks, blocks.weight, past).gather(2, index))
+        return state

@@ -1,0 +1,391 @@
+"""The part that all block-wise variants share: what stays exact, what is retained, what leaves, and the state between calls.
+
+Positions count the real tokens of a sequence; blocks of S tokens start at multiples of S. For a query in block i the exact keys are
+its own block up to itself, the L = window / S blocks before it, the first `sinks` tokens, and up to K retained pairs per key-value
+head. Everything else older than the window is offered to the memory, if the variant has one.
+
+All keys are kept without their position. For each block they are rotated inside the block's own frame, whose origin moves so that no
+distance exceeds `distance_cap`; while everything lies inside the cap the distances are the true ones.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from kernels.exact_attention.chunk import exact_attention, exact_attention_with_mass
+from kernels.retained_pairs.chunk import Selection, gather_pool, select_pairs
+from replace.cache import ReplacedCacheLayer, State
+from replace.config import AttentionConfig
+from replace.layout import Layout, general_layout, plain_layout
+from replace.registry import Registry
+from replace.rotary import Rotary, RotarySpec
+from replace.scores import SCORES
+
+VARIANTS: Registry[type[nn.Module]] = Registry("attention.name", "replace.attention")
+
+SCORE_GRID = 1024
+"""Scores are rounded to 1/1024: equal tokens have equal scores up to rounding noise, which would otherwise decide, differently in
+each cut of the same text, which of them is kept; on a grid they tie, and the earlier one stays."""
+
+
+@dataclass
+class Heads:
+    """The shape of one attention layer: H query heads, G key-value heads, D per head, C the width of its input."""
+
+    query: int
+    key_value: int
+    dim: int
+    hidden: int
+
+    @property
+    def repeat(self) -> int:
+        """R = H / G query heads share a key-value head; head h belongs to key-value head h // R."""
+        return self.query // self.key_value
+
+
+@dataclass
+class Call:
+    """What one forward brings besides q, k and v.
+
+    Attributes:
+        hidden: `[B, T, C]`, the attention layer's input.
+        scaling: the teacher's softmax scale. dropout, softcap, sliding_window: the teacher's, or 0 / None.
+        sink_logit: `[H]`, the teacher's learned sinks, or None.
+        real: `[B, T]` bool, False for pads; None where nothing is padded.
+        document: `[B, T]` int64 numbers of packed documents, or None.
+        slot: the layer's place in the cache, or None.
+    """
+
+    hidden: Tensor
+    scaling: float
+    dropout: float = 0.0
+    softcap: float | None = None
+    sliding_window: int | None = None
+    sink_logit: Tensor | None = None
+    real: Tensor | None = None
+    document: Tensor | None = None
+    slot: ReplacedCacheLayer | None = None
+
+
+@dataclass
+class Blocks:
+    """One call in block-aligned form. Q sequences, N blocks of queries, W = (L + N) S slots.
+
+    Attributes:
+        q: `[Q, H, N S, D]` position-free. k, v: `[Q, G, W, D]` position-free and finite. valid: `[Q, W]`, slots that hold a token.
+        bad: `[Q, G, W]`, tokens whose key or value was not finite (they are zero in k and v).
+        state: the state before the call, or None. score, weight: `[Q, G, W]` fp32 or None.
+        selection: the retained pairs before each block. pool_k, pool_v: `[Q, G, K + N S, D]` what its indices point into.
+    """
+
+    layout: Layout
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    valid: Tensor
+    bad: Tensor
+    state: State | None
+    score: Tensor | None = None
+    weight: Tensor | None = None
+    selection: Selection | None = None
+    pool_k: Tensor | None = None
+    pool_v: Tensor | None = None
+
+    @property
+    def leaving(self) -> slice:
+        """The slots of the N blocks that leave the window during the call: local blocks 0 .. N - 1."""
+        return slice(0, self.layout.blocks * self.layout.block)
+
+
+class BlockMixer(nn.Module):
+    """Exact attention over window, sinks and retained pairs; a base for the variants that add a memory.
+
+    An untrained swap is the teacher with everything outside the exact part forgotten.
+    """
+
+    needs_mass = False
+    """Whether `mix` needs the exact part's log-denominator."""
+
+    def __init__(self, options: AttentionConfig, heads: Heads, rotary: RotarySpec | None) -> None:
+        super().__init__()
+        self.options = options
+        self.heads = heads
+        self.block = options.block
+        self.lookback = 0 if options.local == "segment" else options.window // options.block
+        cap = options.distance_cap
+        self.rotary = None if rotary is None else Rotary(rotary, 0 if cap is None else cap + 1)
+        self.off: frozenset[str] = frozenset()
+        self.calls = 0
+        self.clamped: Tensor | int = 0
+        self.nonfinite: Tensor | int = 0
+        self.score = SCORES.get(options.pairs_score)(heads) if options.pairs else None
+
+    # The call ------------------------------------------------------------------------------------------------------
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
+        """Attend.
+
+        Args:
+            query: `[B, H, T, D]`; key, value: `[B, G, T, D]`, all without position.
+            call: the rest.
+
+        Returns:
+            `[B, H, T, D]` in the dtype of `value`.
+        """
+        self.calls += 1
+        with torch.autocast(value.device.type, enabled=False):
+            blocks = self.arrange(query, key, value, call)
+            exact, mass = self.attend_exactly(blocks, call)
+            out = self.mix(blocks, exact, mass, call)
+            out = self._poison(blocks, out)
+            out = blocks.layout.back(self._to_slots(out)).to(value.dtype)
+            if call.slot is not None:
+                call.slot.store(self._rows(blocks.layout, self.next_state(blocks)), query.shape[2])
+        return out
+
+    def mix(self, blocks: Blocks, exact: Tensor, mass: Tensor | None, call: Call) -> Tensor:
+        """Join the exact part `[Q, G, N, R S, D]` with whatever else the variant has."""
+        return exact
+
+    # From tokens to blocks -----------------------------------------------------------------------------------------
+
+    def arrange(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Blocks:
+        """Tokens to block-aligned slots, with the local part of the cache in front."""
+        state = call.slot.state if call.slot is not None else None
+        batch, _, tokens, _ = query.shape
+        real = call.real
+        if real is not None and state is None and call.document is None and bool(real.all()):
+            real = None
+        if real is None and state is None and call.document is None:
+            layout = plain_layout(batch, tokens, self.block, self.lookback, query.device)
+        else:
+            if real is None:
+                real = torch.ones(batch, tokens, dtype=torch.bool, device=query.device)
+            before = None if state is None else state.length
+            document = call.document if state is None else None
+            layout = general_layout(real, document, before, self.block, self.lookback)
+        k = self._with_past(layout, layout.new(key), None if state is None else state.keys)
+        v = self._with_past(layout, layout.new(value), None if state is None else state.values)
+        position = layout.positions()
+        valid = (position >= 0) & (position < layout.length.unsqueeze(1))
+        bad = ~(k.isfinite().all(-1) & v.isfinite().all(-1))
+        zero = torch.zeros((), dtype=k.dtype, device=k.device)
+        k, v = torch.where(bad.unsqueeze(-1), zero, k), torch.where(bad.unsqueeze(-1), zero.to(v.dtype), v)
+        blocks = Blocks(layout, layout.new(query), k, v, valid, bad, state)
+        if self.score is not None:
+            score = (self.score(call.hidden, key, value).detach() * SCORE_GRID).round() / SCORE_GRID
+            score = layout.new(score.unsqueeze(-1)).squeeze(-1)
+            blocks.score = self._with_past(layout, score, None if state is None else state.score)
+            self._select(blocks)
+        return blocks
+
+    def _with_past(self, layout: Layout, new: Tensor, past: Tensor | None) -> Tensor:
+        """Put the lookback (and what the cache holds of the first block) before the new slots: dim 2 grows by L S."""
+        held = self.lookback * self.block
+        if past is None:
+            return torch.cat([new.new_zeros(*new.shape[:2], held, *new.shape[3:]), new], dim=2) if held else new
+        phase = (layout.before % self.block).view(-1, 1, 1, *[1] * (new.ndim - 3))
+        slots = torch.arange(self.block, device=new.device).view(1, 1, -1, *[1] * (new.ndim - 3))
+        first = torch.where(slots < phase, past[:, :, held:].to(new.dtype), new[:, :, : self.block])
+        return torch.cat([past[:, :, :held].to(new.dtype), first, new[:, :, self.block :]], dim=2)
+
+    def may_leave(self, blocks: Blocks) -> Tensor:
+        """`[Q, G, N, S]` bool: the leaving tokens that may be retained or written: real, finite, no sinks."""
+        position = blocks.layout.positions()
+        keep = (blocks.valid & (position >= self.options.sinks)).unsqueeze(1) & ~blocks.bad
+        return self._by_block(keep[:, :, blocks.leaving])
+
+    def _by_block(self, x: Tensor) -> Tensor:
+        """`[Q, X, N S, ...]` -> `[Q, X, N, S, ...]`."""
+        return x.unflatten(2, (-1, self.block))
+
+    def _select(self, blocks: Blocks) -> None:
+        """Choose the retained pairs before each block; see `kernels.retained_pairs`."""
+        assert blocks.score is not None
+        state, keep = blocks.state, self.options.pairs
+        sequences, groups = blocks.k.shape[:2]
+        score = self._by_block(blocks.score[:, :, blocks.leaving])
+        allowed = self.may_leave(blocks) & score.isfinite()
+        score = score.masked_fill(~allowed, -torch.inf)
+        if state is not None and state.pair_score is not None:
+            assert state.pair_keys is not None
+            assert state.pair_values is not None
+            initial, past_k, past_v = state.pair_score, state.pair_keys, state.pair_values
+        else:
+            initial = score.new_full((sequences, groups, keep), -torch.inf)
+            past_k = blocks.k.new_zeros(sequences, groups, keep, blocks.k.shape[-1])
+            past_v = blocks.v.new_zeros(sequences, groups, keep, blocks.v.shape[-1])
+        blocks.selection = select_pairs(score, initial)
+        blocks.pool_k = torch.cat([past_k.to(blocks.k.dtype), blocks.k[:, :, blocks.leaving]], dim=2)
+        blocks.pool_v = torch.cat([past_v.to(blocks.v.dtype), blocks.v[:, :, blocks.leaving]], dim=2)
+
+    # The exact part ------------------------------------------------------------------------------------------------
+
+    def attend_exactly(self, blocks: Blocks, call: Call) -> tuple[Tensor, Tensor | None]:
+        """Softmax over sinks, retained pairs and window: `[Q, G, N, R S, D]`, and the log-denominator if needed."""
+        layout, size = blocks.layout, self.block
+        count, span = layout.blocks, (self.lookback + 1) * size
+        keys, values, positions, seen = [], [], [], []
+        window_start = layout.start.unsqueeze(1) + torch.arange(count, device=blocks.k.device) * size  # [Q, N]
+        if self.options.sinks and "sinks" not in self.off:
+            sink_k, sink_v = self._sinks(blocks)
+            keys.append(sink_k.unsqueeze(2).expand(-1, -1, count, -1, -1))
+            values.append(sink_v.unsqueeze(2).expand(-1, -1, count, -1, -1))
+            place = torch.arange(self.options.sinks, device=blocks.k.device)
+            positions.append(place.expand(*window_start.shape, -1).unsqueeze(1))
+            seen.append((place < window_start.unsqueeze(-1))[:, None, :, None])
+        if blocks.selection is not None and "pairs" not in self.off:
+            index = blocks.selection.index[:, :, :count]
+            keys.append(gather_pool(blocks.pool_k, index))
+            values.append(gather_pool(blocks.pool_v, index))
+            positions.append(self._pool_positions(blocks).gather(2, index.flatten(2)).view(index.shape))
+            seen.append(blocks.selection.alive[:, :, :count].unsqueeze(3))
+        keys.append(blocks.k.unfold(2, span, size).transpose(-1, -2))
+        values.append(blocks.v.unfold(2, span, size).transpose(-1, -2))
+        slots = window_start.unsqueeze(-1) + torch.arange(span, device=blocks.k.device)  # [Q, N, span]
+        positions.append(slots.unsqueeze(1))
+        seen.append(self._window_mask(blocks, call, slots).unsqueeze(1))
+
+        k = torch.cat(keys, dim=3)
+        v = torch.cat(values, dim=3)
+        groups, queries = self.heads.key_value, self.heads.repeat * size
+        mask = torch.cat([x.expand(-1, groups, -1, size, -1) for x in seen], dim=-1)
+        mask = mask.unsqueeze(3).expand(-1, -1, -1, self.heads.repeat, -1, -1).flatten(3, 4)
+        q = self._by_block(blocks.q)  # [Q, H, N, S, D]
+        if self.rotary is not None:
+            origin = self._origin(window_start)  # [Q, N]
+            own = window_start.unsqueeze(-1) + torch.arange(span - size, span, device=q.device)
+            q = self.rotary(q, (own - origin.unsqueeze(-1)).clamp_min(0).unsqueeze(1))
+            frame = [(p - origin[:, None, :, None]).clamp_min(0) for p in positions]
+            k = self.rotary(k, torch.cat([f.expand(-1, groups, -1, -1) for f in frame], dim=-1))
+        q = q.unflatten(1, (groups, self.heads.repeat)).transpose(2, 3).reshape(-1, groups, count, queries, q.shape[-1])
+        if not (self.needs_mass or call.softcap is not None or call.sink_logit is not None):
+            return exact_attention(q, k, v, mask, call.scaling, call.dropout), None
+        sink_logit = None
+        if call.sink_logit is not None:
+            per_head = call.sink_logit.view(1, groups, 1, self.heads.repeat, 1, 1)
+            sink_logit = per_head.expand(-1, -1, -1, -1, size, -1).flatten(3, 4)
+        return exact_attention_with_mass(q, k, v, mask, call.scaling, call.dropout, call.softcap, sink_logit)
+
+    def _origin(self, window_start: Tensor) -> Tensor:
+        """`[Q, N]`: position 0 of each block's frame, so that the block's last query is at most `distance_cap`."""
+        cap = self.options.distance_cap
+        if cap is None:
+            return torch.zeros_like(window_start)
+        return (window_start + (self.lookback + 1) * self.block - 1 - cap).clamp_min(0)
+
+    def _window_mask(self, blocks: Blocks, call: Call, slots: Tensor) -> Tensor:
+        """`[Q, N, S, span]`: which window slots each query sees; always itself, so that no row of the softmax is empty."""
+        size, span = self.block, slots.shape[-1]
+        own = torch.arange(span - size, span, device=slots.device).unsqueeze(-1)
+        key = torch.arange(span, device=slots.device)
+        mask = blocks.valid.unfold(1, span, size).unsqueeze(2) & (key <= own)
+        if call.sliding_window is not None:
+            mask = mask & (own - key < call.sliding_window)
+        if "window" in self.off:
+            mask = mask & (key == own)
+        return mask | (key == own)
+
+    def _sinks(self, blocks: Blocks) -> tuple[Tensor, Tensor]:
+        """The first tokens of each sequence `[Q, G, n, D]`: still local while block 0 is, from the state afterwards."""
+        count = self.options.sinks
+        slot = (-blocks.layout.start).clamp_min(0)[:, None] + torch.arange(count, device=blocks.k.device)
+        index = slot[:, None, :, None].expand(-1, blocks.k.shape[1], -1, -1)
+        local_k = blocks.k.gather(2, index.expand(-1, -1, -1, blocks.k.shape[-1]))
+        local_v = blocks.v.gather(2, index.expand(-1, -1, -1, blocks.v.shape[-1]))
+        if blocks.state is None:
+            return local_k, local_v
+        local = (blocks.layout.start <= 0)[:, None, None, None]
+        return (
+            torch.where(local, local_k, blocks.state.sink_keys.to(local_k.dtype)),
+            torch.where(local, local_v, blocks.state.sink_values.to(local_v.dtype)),
+        )
+
+    def _pool_positions(self, blocks: Blocks) -> Tensor:
+        """`[Q, G, K + N S]` int64: the position of each pair in the pool."""
+        local = blocks.layout.positions()[:, None, blocks.leaving].expand(-1, self.heads.key_value, -1)
+        if blocks.state is not None and blocks.state.pair_position is not None:
+            past = blocks.state.pair_position
+        else:
+            past = local.new_zeros(*local.shape[:2], self.options.pairs)
+        return torch.cat([past, local], dim=2)
+
+    def _poison(self, blocks: Blocks, out: Tensor) -> Tensor:
+        """A query whose window holds a non-finite key or value gets NaN, as the teacher's would; the memory skips such tokens."""
+        size, span = self.block, (self.lookback + 1) * self.block
+        fresh = blocks.valid & (blocks.layout.positions() >= blocks.layout.before.unsqueeze(1))
+        self.nonfinite = self.nonfinite + (blocks.bad & fresh.unsqueeze(1)).sum()
+        count = torch.nn.functional.pad(blocks.bad.long().cumsum(-1), (1, 0))
+        upto = self._by_block(count[:, :, span - size + 1 :])  # [Q, G, N, S], own slot included
+        before = count[:, :, :-1][:, :, : blocks.leaving.stop : size].unsqueeze(-1)
+        seen = (upto > before).repeat(1, 1, 1, self.heads.repeat).unsqueeze(-1)
+        return torch.where(seen, torch.full((), torch.nan, dtype=out.dtype, device=out.device), out)
+
+    def _to_slots(self, out: Tensor) -> Tensor:
+        """`[Q, G, N, R S, D]` -> `[Q, H, N S, D]`."""
+        out = out.unflatten(3, (self.heads.repeat, self.block))
+        return out.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+    # The state -----------------------------------------------------------------------------------------------------
+
+    def next_state(self, blocks: Blocks) -> State:
+        """The state of each sequence after this call."""
+        layout = blocks.layout
+        evicted = layout.evicted()
+        sinks = self._sinks(blocks) if self.options.sinks else (blocks.k[:, :, :0], blocks.v[:, :, :0])
+        # A bad token goes back as NaN, so that the next call knows it as bad.
+        nan = torch.full((), torch.nan, dtype=blocks.k.dtype, device=blocks.k.device)
+        bad = blocks.bad.unsqueeze(-1)
+        state = State(
+            length=layout.length,
+            keys=self._local(torch.where(bad, nan, blocks.k), evicted),
+            values=self._local(blocks.v, evicted),
+            sink_keys=sinks[0],
+            sink_values=sinks[1],
+        )
+        if blocks.score is not None and blocks.selection is not None:
+            index = self._at(blocks.selection.index, evicted)
+            alive = self._at(blocks.selection.alive, evicted)
+            pool_score = self._pool(blocks, blocks.score, None if blocks.state is None else blocks.state.pair_score)
+            state = replace(
+                state,
+                score=self._local(blocks.score, evicted),
+                pair_keys=gather_pool(blocks.pool_k, index),
+                pair_values=gather_pool(blocks.pool_v, index),
+                pair_score=torch.where(alive, pool_score.gather(2, index), -torch.inf),
+                pair_position=self._pool_positions(blocks).gather(2, index),
+            )
+        return state
+
+    def _pool(self, blocks: Blocks, x: Tensor, past: Tensor | None) -> Tensor:
+        """`[Q, G, K + N S]`: a per-token figure in the order of the pool."""
+        if past is None:
+            past = x.new_zeros(*x.shape[:2], self.options.pairs)
+        return torch.cat([past, x[:, :, blocks.leaving]], dim=2)
+
+    def _local(self, x: Tensor, evicted: Tensor) -> Tensor:
+        """The slots `[Q, G, (L + 1) S, ...]` that stay local after `evicted` blocks have left."""
+        span = (self.lookback + 1) * self.block
+        pad = [0, 0] * (x.ndim - 3) + [0, self.block]
+        x = torch.nn.functional.pad(x, pad)
+        slot = evicted[:, None] * self.block + torch.arange(span, device=x.device)
+        index = slot.view(x.shape[0], 1, span, *[1] * (x.ndim - 3))
+        return x.gather(2, index.expand(-1, x.shape[1], -1, *x.shape[3:]))
+
+    @staticmethod
+    def _at(x: Tensor, evicted: Tensor) -> Tensor:
+        """Entry `evicted` of each sequence: `[Q, G, N + 1, ...]` -> `[Q, G, ...]`."""
+        index = evicted.view(-1, 1, 1, *[1] * (x.ndim - 3)).expand(-1, x.shape[1], 1, *x.shape[3:])
+        return x.gather(2, index).squeeze(2)
+
+    @staticmethod
+    def _rows(layout: Layout, state: State) -> State:
+        """From sequences to rows: each row goes on with its last document."""
+        return state if layout.last is None else state.map(lambda x: x[layout.last])
+
+
+def grouped(x: Tensor, heads: Heads, block: int) -> Tensor:
+    """Queries of R heads and one block side by side: `[Q, H, N S, F]` -> `[Q, G, N, R S, F]`."""
+    x = x.unflatten(2, (-1, block)).unflatten(1, (heads.key_value, heads.repeat))
+    return x.transpose(2, 3).flatten(3, 4)

@@ -1,0 +1,125 @@
+"""Rotary position encoding at positions of our own choosing, measured from the family's own function.
+
+A replaced layer needs keys without their position (for the memory) and keys at positions other than their own (for distances that
+are capped). Families differ in which dimensions they rotate, how they pair them and how they scale their tables, so none of it is
+assumed: the family's function is applied to the unit vectors at position 1, and the matrix that comes out says everything.
+"""
+
+import sys
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kernels.numerics import wide
+from replace.errors import UserError
+
+
+@dataclass
+class RotarySpec:
+    """What the matrix at position 1 says; plain numbers, so that an export can hold them.
+
+    Attributes:
+        angles: the angle per position of each rotated pair of dimensions, R/2 of them.
+        pairing: `half` pairs dimension i with i + R/2, `interleaved` pairs 2i with 2i + 1.
+        scaling: what the family multiplies its tables with (YaRN); 1 for most.
+    """
+
+    angles: list[float]
+    pairing: str
+    scaling: float = 1.0
+
+
+def family_rotation(attention: nn.Module):
+    """The `apply_rotary_pos_emb` of the module that defines this attention class, or None."""
+    for kind in type(attention).__mro__:
+        function = getattr(sys.modules.get(kind.__module__), "apply_rotary_pos_emb", None)
+        if function is not None:
+            return function
+    return None
+
+
+def unrotate(function, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Take the position out of `x [B, H, T, D]` with the family's own function and tables `[B, T, R]`; exact up to rounding."""
+    cos, sin, out = wide(cos), wide(sin), wide(x)
+    width = _rotated_width(function, cos, x.shape[-1])
+    norm = (cos[..., :1].square() + sin[..., :1].square()).unsqueeze(1)
+    turned, _ = function(out[..., :width], out[..., :width], cos, -sin)
+    return torch.cat([turned / norm, out[..., width:]], dim=-1) if width < x.shape[-1] else turned / norm
+
+
+def _rotated_width(function, cos: Tensor, width: int) -> int:
+    """How many leading dimensions a call rotates: as many as the table is wide, unless the table is half-width."""
+    return min(cos.shape[-1], width)
+
+
+def measure_rotary(function, cos: Tensor, sin: Tensor, head_dim: int) -> RotarySpec:
+    """Read angles, pairing and scaling off the family's function.
+
+    Args:
+        function: the family's `apply_rotary_pos_emb(q, k, cos, sin)`.
+        cos, sin: the family's tables `[1, T, R]` with T >= 2 for the positions 0, 1, ...
+
+    Raises:
+        UserError: the rotation is not a set of plane rotations in one of the two known pairings.
+    """
+    width = _rotated_width(function, cos, head_dim)
+    unit = torch.eye(width, dtype=torch.float32, device=cos.device).view(width, 1, 1, width)
+    table = [t[:1, 1:2].float().expand(width, 1, -1) for t in (cos, sin)]
+    matrix = function(unit, unit, *table)[0].view(width, width).double().cpu()  # row i: where dimension i goes
+    half = torch.arange(width // 2)
+    for pairing, first, second in (("half", half, half + width // 2), ("interleaved", 2 * half, 2 * half + 1)):
+        c, s = matrix[first, first], matrix[first, second]
+        rebuilt = torch.zeros_like(matrix)
+        rebuilt[first, first], rebuilt[second, second] = c, c
+        rebuilt[first, second], rebuilt[second, first] = s, -s
+        if torch.allclose(rebuilt, matrix, atol=1e-5):
+            scaling = float((c.square() + s.square()).sqrt().mean())
+            return RotarySpec(torch.atan2(s, c).tolist(), pairing, round(scaling, 6))
+    raise UserError("the model's rotary encoding is neither paired by halves nor interleaved, so it cannot be replaced.")
+
+
+class Rotary(nn.Module):
+    """Rotates by position with a measured `RotarySpec`; positions are small integers inside a block's own frame."""
+
+    def __init__(self, spec: RotarySpec, table: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.table = table
+
+    def tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin `[..., R/2]` at integer positions `[...]`."""
+        angles = torch.tensor(self.spec.angles, dtype=torch.float64, device=positions.device)
+        if positions.device.type == "mps":
+            angles = angles.float()
+        phase = positions.unsqueeze(-1).to(angles.dtype) * angles
+        return (phase.cos() * self.spec.scaling).to(dtype), (phase.sin() * self.spec.scaling).to(dtype)
+
+    def forward(self, x: Tensor, positions: Tensor, absolute: bool = False) -> Tensor:
+        """Rotate `x [..., N, D]` to integer `positions [..., N]` (broadcast); fp32 inside, fp32 out (fp64 stays).
+
+        `absolute`: the positions are those of the text rather than of a frame, and may exceed the table.
+        """
+        x = wide(x)
+        cos, sin = self.tables(positions, x.dtype) if absolute else self._look_up(positions, x.dtype)
+        width = 2 * len(self.spec.angles)
+        turn, rest = x[..., :width], x[..., width:]
+        if self.spec.pairing == "half":
+            a, b = turn.chunk(2, dim=-1)
+            parts = [a * cos - b * sin, b * cos + a * sin]
+        else:
+            a, b = turn[..., 0::2], turn[..., 1::2]
+            parts = [torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)]
+        return torch.cat([*parts, rest], dim=-1) if rest.shape[-1] or len(parts) > 1 else parts[0]
+
+    def _look_up(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Tables from a cache of the positions below `table`, the only ones a capped frame has; else computed."""
+        if not self.table:
+            return self.tables(positions, dtype)
+        key = (positions.device, dtype)
+        cached = self.__dict__.setdefault("_cached", {})
+        if key not in cached:
+            cached[key] = self.tables(torch.arange(self.table, device=positions.device), dtype)
+        cos, sin = cached[key]
+        embed = torch.nn.functional.embedding
+        return embed(positions, cos), embed(positions, sin)
