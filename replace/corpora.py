@@ -134,7 +134,7 @@ def _line_ends(text: str) -> str:
 
 
 def _unwrap(text: str) -> str:
-    """Join the lines of hard-wrapped paragraphs; an empty line between paragraphs, one space between words."""
+    """Join the lines of wrapped paragraphs; an empty line between paragraphs, one space between words."""
     paragraphs = re.split(r"\n\s*\n", _line_ends(text))
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs if paragraph.strip())
 
@@ -249,7 +249,7 @@ def _read_hub(cfg: DataConfig) -> list[tuple[str, str, str]]:
         reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
         raise UserError(
             f"data.path={cfg.path!r} could not be streamed ({reason}); allowed: a data set with the split "
-            f"data.split={cfg.split!r} (and data.name, where it has several), and a network if it is on a hub."
+            f"data.split={cfg.split!r} (and data.name, where it has several), and a network if on a hub."
         ) from error
     if not documents:
         raise bad_value("data.path", cfg.path, "a data set with text in it (this one is empty)")
@@ -323,7 +323,7 @@ def overlap(documents: Sequence[Document]) -> dict[str, Any]:
 
 
 def _grams(text: str, vocabulary: dict[str, int]) -> np.ndarray:
-    """Hashes of the word 13-grams of `text`, uint64 [number of grams]; new words are added to `vocabulary`."""
+    """Hashes of the word 13-grams of `text`, uint64 [number of grams]; new words enter `vocabulary`."""
     words = re.findall(r"\w+", text.lower())
     ids = np.array([vocabulary.setdefault(word, len(vocabulary) + 1) for word in words], dtype=np.uint64)
     count = max(0, len(ids) - NGRAM + 1)
@@ -371,7 +371,7 @@ def token_ids(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase)
 
 
 def blocks(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, length: int) -> torch.Tensor:
-    """The documents cut into rows, LongTensor [N, length]; no row holds two documents, short tails are dropped.
+    """The documents cut into rows, LongTensor [N, length]; no row holds two documents, tails are dropped.
 
     Raises:
         UserError: no document has `length` tokens.
@@ -385,7 +385,7 @@ def blocks(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, le
     if longest < length:
         split = documents[0].split if documents else "chosen"
         raise UserError(
-            f"A block of {length} tokens (budget.*.length) is longer than every document of the {split} text; "
+            f"A block of {length} tokens (budget.*.length) is longer than any {split} document; "
             f"allowed: at most {longest} tokens, or longer text in data.path."
         )
     return torch.cat(rows)

@@ -159,8 +159,8 @@ def _not_loaded(cfg: ModelConfig, error: Exception) -> UserError:
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return UserError(
         f"{field}={value!r} could not be loaded ({reason.rstrip('.')}); allowed: a causal language model "
-        "that transformers knows, with its own code only if model.trust_remote_code=true, from a hub only with "
-        "a network."
+        "that transformers knows, with its own code only if model.trust_remote_code=true, from a hub only "
+        "with a network."
     )
 
 
