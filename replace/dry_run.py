@@ -40,12 +40,16 @@ def describe(config: Config) -> str:
     training, evaluation = plan.training_passes / per_minute, plan.evaluation_passes / per_minute
     which = selected(config.layers, facts.layers)
     chosen = "measured first, where the teacher retrieves" if which is None else f"layers {which}"
-    kept = facts.layers - plan.new_layers - plan.rest_layers
+    rest = (
+        f"{facts.layers - plan.new_layers} get {config.layers.rest}"
+        if plan.rest_layers
+        else "the others keep theirs"
+    )
     lines = [
         f"Dry run of {config.experiment} with budget {config.budget.name}; no weight is loaded.",
         f"  model    {config.model.kind}: {facts.family}, {facts.parameters:,} parameters",
         f"  layers   {plan.new_layers} get {config.attention.name} ({chosen})",
-        f"           {plan.rest_layers} get {config.layers.rest}, {kept} keep their own",
+        f"           {rest}",
     ]
     for number, trained, tokens in zip((1, 2, 3), plan.trained, plan.tokens, strict=True):
         work = f"trains {trained:,} parameters on {tokens:,} tokens" if tokens else "left out"
@@ -55,9 +59,9 @@ def describe(config: Config) -> str:
         f"  time     about {total:.0f} minutes (training {training:.0f}, evaluation {evaluation:.0f})",
         f"  memory   about {memory_bytes(config, facts, plan) / 2**30:.1f} GiB",
         f"  disk     about {disk_bytes(config, facts, plan) / 2**30:.1f} GiB in the run's folder",
-        "All figures are estimates: parameters, memory and disk from shapes in fp32; time from two operations",
-        f"a parameter and token at {SHARE_OF_PEAK:.0%} of the {peak / 1e9:.0f} GFLOP/s that a matrix product reached",
-        "here just now. Downloads come on top.",
+        "All figures are estimates: parameters, memory, disk from shapes in fp32; time from two operations",
+        f"a parameter and token, at {SHARE_OF_PEAK:.0%} of a matrix product's speed here just now",
+        f"({peak / 1e9:.0f} GFLOP/s). Downloads come on top.",
     ]
     return "\n".join(lines)
 

@@ -1,0 +1,127 @@
+"""Every experiment composes with every budget and is valid; every option of every group is well typed."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from replace.compose import CONF, GROUPS, choices, compose, differences, load_config, normalise
+from replace.config import Config, ModelConfig
+from replace.errors import UserError
+from replace.loading import check_model
+from replace.validation import selected, validate
+
+SMOLLM2 = check_model(ModelConfig())
+
+
+@pytest.mark.parametrize("budget", choices("budget"))
+@pytest.mark.parametrize("experiment", choices("exp"))
+def test_every_experiment_composes_with_every_budget(experiment: str, budget: str) -> None:
+    config = compose([f"+exp={experiment}", f"budget={budget}"])
+    validate(config, SMOLLM2)
+    assert config.experiment == experiment
+    assert config.budget.name == budget
+
+
+@pytest.mark.parametrize("group", [group for group in GROUPS if group != "exp"])
+def test_every_option_of_every_group_composes(group: str) -> None:
+    for option in choices(group):
+        compose([f"{group}={option}"])
+
+
+def test_the_groups_are_those_of_the_readme() -> None:
+    groups = "model attention layers data stage budget lora eval logger exp"
+    assert set(GROUPS) == set(groups.split())
+
+
+def test_the_default_is_what_the_issue_asks_for() -> None:
+    config = compose(["+exp=infini"])
+    attention = config.attention
+    assert (attention.name, attention.sinks) == ("infini", 4)
+    assert (attention.pairs, attention.pairs_score) == (64, "learned")
+    assert (attention.feature_map, attention.write_gate, attention.distance_cap) == ("hedgehog", "token", 512)
+    assert attention.window + attention.block <= 128
+    assert (config.layers.select, config.layers.k, config.layers.rest) == ("retrieval", 10, "sliding_window")
+    assert config.budget.name == "quick"
+    assert config.budget.eval.episodes >= 8
+
+
+def test_the_published_form_has_none_of_the_additions() -> None:
+    config = compose(["+exp=infini_paper"])
+    attention = config.attention
+    assert (attention.local, attention.sinks, attention.pairs, attention.distance_cap) == (
+        "segment",
+        0,
+        0,
+        None,
+    )
+    assert (attention.feature_map, attention.gate, attention.write_gate) == ("elu", "head", "none")
+    rates = config.stage
+    assert (rates.lr_projection1, rates.lr_projection2, rates.lr_stage3) == (5e-5, 5e-5, 1e-5)
+
+
+def test_the_controls_differ_from_the_default_in_what_they_control() -> None:
+    assert {key for key, *_ in differences(compose(["+exp=infini"]), compose(["+exp=infini_linear"]))} == {
+        "experiment",
+        "attention.pairs",
+    }
+    assert {key for key, *_ in differences(compose(["+exp=pairs"]), compose(["+exp=window"]))} == {
+        "experiment",
+        "attention.pairs",
+    }
+
+
+def test_the_command_line_wins_over_the_experiment() -> None:
+    config = compose(["+exp=infini", "layers=all", "attention.pairs=16", "budget=smoke"])
+    assert (config.layers.select, config.attention.pairs, config.budget.name) == ("all", 16, "smoke")
+    assert selected(config.layers, 30) == list(range(30))
+
+
+def test_from_and_exp_are_understood() -> None:
+    assert normalise(["exp=window", "from=outputs/x", "seed=1"]) == [
+        "+exp=window",
+        "source=outputs/x",
+        "seed=1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "indices"),
+    [
+        (["layers=list", "layers.indices=[9,3]"], [3, 9]),
+        (["layers=every", "layers.k=10"], [0, 10, 20]),
+        (["layers=first", "layers.k=2"], [0, 1]),
+        (["layers=last", "layers.k=2"], [28, 29]),
+        (["layers=retrieval"], None),
+    ],
+)
+def test_layers_are_selected(overrides: list[str], indices: list[int] | None) -> None:
+    assert selected(compose(overrides).layers, 30) == indices
+
+
+def test_a_run_s_config_is_read_back_as_it_was(tmp_path: Path) -> None:
+    config = compose(["+exp=infini_paper", "layers=list", "layers.indices=[1,2]", "threads=1"])
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    assert load_config(tmp_path, "resume") == config
+
+
+@pytest.mark.parametrize("content", ["{", '{"seed": "x"}', '{"unheard_of": 1}', "[1]"])
+def test_a_config_that_is_none_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match="resume="):
+        load_config(tmp_path, "resume")
+
+
+def test_defaults_of_the_dataclasses_are_one_kind_of_run() -> None:
+    validate(Config(), SMOLLM2)
+
+
+def test_conf_is_found_beside_the_package_whatever_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "conf").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert compose(["+exp=window"]).experiment == "window"
+    assert os.path.isabs(CONF)

@@ -1,0 +1,304 @@
+"""The command: how it starts, how it refuses, what a dry run says, and what a resumed run may be told."""
+
+import dataclasses
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from replace import validation
+from replace.__main__ import main
+from replace.compose import compose
+from replace.config import Config, ModelConfig
+from replace.errors import UserError
+from replace.loading import check_model
+
+TINY = ["+exp=infini", "budget=smoke", "model=tiny", "layers=all"]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative output folders land in a temporary one."""
+    monkeypatch.chdir(tmp_path)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run a command line that must be refused; return its one sentence."""
+    code = main(list(arguments))
+    captured = capsys.readouterr()
+    assert code == 2
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("error: ")
+    assert "Traceback" not in captured.out + captured.err
+    assert not Path("outputs").exists(), "a refused run leaves no folder"
+    return lines[0]
+
+
+BAD = [
+    # what is typed, the field, the value, a part of what is allowed
+    (["+exp=infinii"], "exp", "infinii", "infini_paper"),
+    (["exp=window", "budget=huge"], "budget", "huge", "smoke"),
+    (["+exp=infini", "attention=softmax"], "attention", "softmax", "sliding_window"),
+    (["+exp=infini", "layers=[1,2]"], "layers", "[1, 2]", "layers=list"),
+    (["+exp=infini", "model=5"], "model", "5", "smollm2"),
+    (["+exp=infini", "seeed=1"], "seeed", "1", "did you mean seed"),
+    (["+exp=infini", "attention.blok=3"], "attention.blok", "3", "did you mean block"),
+    (["+exp=infini", "+unheard=3"], "unheard", "3", "the keys"),
+    (["+exp=infini", "+attention.unheard=3"], "attention.unheard", "3", "the keys"),
+    (["+exp=infini", "~seed"], "argument", "~seed", "key=value"),
+    (["+exp=infini", "seed=abc"], "seed", "abc", "a whole number"),
+    (["+exp=infini", "stages=x"], "stages", "x", "a list"),
+    (["+exp=infini", "data.recall="], "data.recall", "", "a number"),
+    (["+exp=infini", "verbose=perhaps"], "verbose", "perhaps", "true or false"),
+    (["+exp=infini", "model.id.deeper=3"], "model.id.deeper", "3", "model.id without further keys"),
+    (["+exp=infini", "seed"], "argument", "seed", "key=value"),
+    (["+exp=infini", "seed='"], "argument", "seed='", "key=value"),
+    (["+exp=infini", "seed=1,2"], "seed", "1,2", "--multirun"),
+    (["--json"], "argument", "--json", "key=value"),
+    ([*TINY, "attention.name=softmax"], "attention.name", "softmax", "infini"),
+    ([*TINY, "attention.feature_map=relu"], "attention.feature_map", "relu", "hedgehog"),
+    ([*TINY, "attention.pairs_score=best"], "attention.pairs_score", "best", "learned"),
+    ([*TINY, "attention.update=newton"], "attention.update", "newton", "delta_bounded"),
+    ([*TINY, "attention.gate=wide"], "attention.gate", "wide", "head"),
+    ([*TINY, "attention.write_gate=wide"], "attention.write_gate", "wide", "token"),
+    ([*TINY, "attention.local=global"], "attention.local", "global", "segment"),
+    ([*TINY, "attention.block=0"], "attention.block", "0", "at least 1"),
+    ([*TINY, "attention.window=33"], "attention.window", "33", "a multiple of attention.block=32"),
+    ([*TINY, "attention.window=-32"], "attention.window", "-32", "a multiple of attention.block=32"),
+    ([*TINY, "attention.sinks=33"], "attention.sinks", "33", "0 to attention.block=32"),
+    ([*TINY, "attention.pairs=-1"], "attention.pairs", "-1", "0 or more"),
+    ([*TINY, "attention.distance_cap=63"], "attention.distance_cap", "63", "at least 64"),
+    ([*TINY, "attention.clamp=0"], "attention.clamp", "0.0", "above 0"),
+    ([*TINY, "layers=list"], "layers.indices", "[]", "0 to 3"),
+    ([*TINY, "layers=list", "layers.indices=[4]"], "layers.indices", "4", "0 to 3"),
+    ([*TINY, "layers=list", "layers.indices=[1,1]"], "layers.indices", "[1, 1]", "each layer once"),
+    ([*TINY, "layers=first"], "layers.k", "5", "1 to 4"),
+    ([*TINY, "layers.rest=nothing"], "layers.rest", "nothing", "keep"),
+    ([*TINY, "layers.select=some"], "layers.select", "some", "retrieval"),
+    ([*TINY, "stages=[1,4]"], "stages", "[1, 4]", "1, 2 and 3"),
+    ([*TINY, "stages=[]"], "stages", "[]", "one or more"),
+    ([*TINY, "stages=[2,2]"], "stages", "[2, 2]", "each stage once"),
+    ([*TINY, "stage.transfer_loss=l1"], "stage.transfer_loss", "l1", "cosine"),
+    ([*TINY, "stage.warmup=2"], "stage.warmup", "2.0", "from 0 to 1"),
+    ([*TINY, "stage.lr_gate=-1"], "stage.lr_gate", "-1.0", "learning rate"),
+    ([*TINY, "data.recall=1.5"], "data.recall", "1.5", "from 0 to 1"),
+    ([*TINY, "budget.stage1.length=63"], "budget.stage1.length", "63", "at least 64"),
+    ([*TINY, "budget.stage1.tokens=10"], "budget.stage1.tokens", "10", "at least 512"),
+    ([*TINY, "budget.stage2.batch=0"], "budget.stage2.batch", "0", "at least 1"),
+    ([*TINY, "budget.eval.final_lengths=[64]"], "budget.eval.final_lengths", "64", "above 96"),
+    ([*TINY, "precision=fp8"], "precision", "fp8", "bf16"),
+    ([*TINY, "threads=0"], "threads", "0", "the cores of this machine"),
+    ([*TINY, "lora.kind=peft"], "lora.kind", "peft", "none"),
+    ([*TINY, "model=hf"], "model.id", "None", "hub model"),
+    ([*TINY, "model=local", "model.path=nowhere"], "model.path", "nowhere", "config.json"),
+    ([*TINY, "data=files"], "data.path", "None", "file"),
+    ([*TINY, "data=files", "data.path=missing.txt"], "data.path", "missing.txt", "exists"),
+    ([*TINY, "data=hf"], "data.path", "None", "hub data set"),
+    ([*TINY, "source=nowhere"], "from", "nowhere", "the folder of a run"),
+    (["resume=nowhere"], "resume", "nowhere", "the folder of a run"),
+    (["resume=nowhere", "--multirun"], "argument", "--multirun", "resume="),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field", "value", "allowed"), BAD, ids=[" ".join(row[0]) for row in BAD]
+)
+def test_a_mistake_is_one_sentence(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], field: str, value: str, allowed: str
+) -> None:
+    sentence = refused(capsys, *arguments)
+    assert re.match(rf"error: {re.escape(field)}=", sentence), sentence
+    assert value in sentence
+    assert allowed in sentence.partition("allowed: ")[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("empty.txt", b"", "not empty"),
+        ("binary.txt", b"\x7fELF\0\0\0", "not binary"),
+        ("short.txt", b"A few words.", "at least one row of 512 tokens"),
+        ("picture.png", b"\x89PNG", ".txt"),
+    ],
+)
+def test_a_file_that_is_no_text_is_refused(
+    capsys: pytest.CaptureFixture[str], name: str, content: bytes, said: str
+) -> None:
+    Path(name).write_bytes(content)
+    assert said in refused(capsys, *TINY, "data=files", f"data.path={name}")
+
+
+@pytest.mark.parametrize("family", validation.NOT_CAPTURED)
+def test_a_family_that_cannot_be_captured_is_refused_by_name(family: str) -> None:
+
+    facts = dataclasses.replace(check_model(ModelConfig()), family=family)
+    with pytest.raises(UserError, match=family):
+        validation.validate(compose(["+exp=infini"]), facts)
+
+
+def test_an_output_folder_that_cannot_be_made(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("occupied").write_text("a file")
+    sentence = refused(capsys, *TINY, "hydra.run.dir=occupied/run")
+    assert "occupied" in sentence
+
+
+def test_the_folder_of_another_run_is_not_written_into(capsys: pytest.CaptureFixture[str]) -> None:
+    written_run(Path("old"), [*TINY])
+    assert "resume=" in refused(capsys, *TINY, "hydra.run.dir=old")
+
+
+def test_verbose_adds_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["+exp=infini", "attention.block=0", "verbose=true"]) == 2
+    printed = capsys.readouterr().err
+    assert "Traceback" in printed
+    assert printed.strip().splitlines()[-1].startswith("error: attention.block=0")
+
+
+def test_bare_says_how_to_start(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "python -m replace +exp=infini" in capsys.readouterr().out
+
+
+def test_a_dry_run_tells_and_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["+exp=infini", "dry_run=true"]) == 0
+    said = capsys.readouterr().out
+    for word in ("infini", "sliding_window", "stage 1", "stage 3", "minutes", "memory", "disk", "estimates"):
+        assert word in said
+    assert not list(Path().iterdir())
+
+
+# Folders, resuming and reusing
+
+
+def written_run(folder: Path, overrides: list[str]) -> Config:
+    """A run's folder as far as the command line reads it."""
+    config = compose(overrides)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    return config
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, run: Callable[[Config, Path], None]) -> None:
+    """Put `run` where the command finds the pipeline, whose own work is shown elsewhere."""
+    module = types.ModuleType("replace.pipeline")
+    module.run = run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Config, Path]]:
+    """What the command hands to the pipeline."""
+    made: list[tuple[Config, Path]] = []
+
+    def run(config: Config, folder: Path) -> None:
+        logging.getLogger("replace.pipeline").info("A line.")
+        made.append((config, folder))
+
+    stand_in(monkeypatch, run)
+    return made
+
+
+def test_a_run_gets_its_folder_and_its_log(
+    calls: list[tuple[Config, Path]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(TINY) == 0
+    ((config, folder),) = calls
+    assert config == compose(TINY)
+    assert folder.parent == Path.cwd() / "outputs" / "infini"
+    assert (folder / ".hydra" / "config.yaml").is_file()
+    assert capsys.readouterr().out == "A line.\n"
+    assert (folder / "run.log").read_text().endswith("INFO replace.pipeline: A line.\n")
+
+
+def test_the_folder_can_be_chosen(calls: list[tuple[Config, Path]]) -> None:
+    assert main([*TINY, "hydra.run.dir=here/it is"]) == 0
+    assert calls[0][1] == Path.cwd() / "here" / "it is"
+
+
+def test_a_multirun_is_one_run_a_value(calls: list[tuple[Config, Path]]) -> None:
+    assert main(["--multirun", *TINY, "seed=1,2"]) == 0
+    assert [config.seed for config, _ in calls] == [1, 2]
+    assert len({folder for _, folder in calls}) == 2
+
+
+@pytest.mark.parametrize("name", ["run", "a run, with (odd) 'signs' = {x}"])
+def test_a_resumed_run_is_the_run_it_was(calls: list[tuple[Config, Path]], name: str) -> None:
+    stored = written_run(Path(name), [*TINY, "seed=7", "threads=1"])
+    quoted = name.replace("'", "\\'")
+    assert main([f"resume='{quoted}'", "verbose=true", "logger=wandb"]) == 0
+    ((config, folder),) = calls
+    assert folder == Path(name).resolve()
+    assert config.resume == str(folder)
+    assert (config.seed, config.verbose, config.logger.kind) == (7, True, "wandb")
+    assert config.attention == stored.attention
+    assert not (folder / ".hydra").exists(), "the first start's record is left alone"
+
+
+def test_a_resumed_run_may_be_told_again_what_it_is(calls: list[tuple[Config, Path]]) -> None:
+    written_run(Path("run"), [*TINY, "seed=7"])
+    assert main([*TINY, "seed=7", "resume=run"]) == 0
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("argument", "field"),
+    [
+        ("+exp=window", "experiment"),
+        ("seed=8", "seed"),
+        ("budget=quick", "budget.name"),
+        ("attention.pairs=3", "attention.pairs"),
+        ("hydra.run.dir=elsewhere", "hydra.run.dir"),
+    ],
+)
+def test_a_resumed_run_cannot_be_changed(
+    capsys: pytest.CaptureFixture[str], argument: str, field: str
+) -> None:
+    written_run(Path("run"), [*TINY, "seed=7"])
+    assert refused(capsys, "resume=run", argument).startswith(f"error: {field}=")
+
+
+def test_stages_are_taken_only_from_a_run_of_the_same_layers(
+    capsys: pytest.CaptureFixture[str], calls: list[tuple[Config, Path]]
+) -> None:
+    written_run(Path("run"), TINY)
+    assert main([*TINY, "from=run", "stages=[2,3]", "seed=3"]) == 0
+    assert calls[0][0].source == "run"
+    for folder in Path().glob("outputs/*/*"):
+        folder.rename(Path(folder.name))
+    Path("outputs/infini").rmdir()
+    Path("outputs").rmdir()
+    assert "attention.pairs is 64" in refused(capsys, *TINY, "from=run", "stages=[2,3]", "attention.pairs=8")
+    assert refused(capsys, *TINY, "from=run").startswith("error: stages=[1, 2, 3]")
+
+
+def test_a_disk_that_fails_is_a_sentence(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(config: Config, folder: Path) -> None:
+        raise OSError(28, "No space left on device", str(folder / "model"))
+
+    stand_in(monkeypatch, fails)
+    assert main(TINY) == 2
+    assert "No space left on device" in capsys.readouterr().err
+
+
+def test_the_module_runs_from_any_folder(tmp_path: Path) -> None:
+    """One real process: exit codes and streams are what a shell sees, beside a folder named conf."""
+    (tmp_path / "conf").mkdir()
+    command = [sys.executable, "-m", "replace", "+exp=infini", "attention.block=x"]
+    ended = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, env=dict(os.environ), check=False
+    )
+    assert ended.returncode == 2
+    assert ended.stdout == ""
+    assert ended.stderr.splitlines() == [
+        "error: attention.block='x' is not possible; allowed: a whole number."
+    ]
