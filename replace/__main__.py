@@ -126,7 +126,8 @@ def _launch(arguments: list[str], resumed: Config | None) -> int:
             folder = Path(HydraConfig.get().runtime.output_dir)
             _check_folder(folder, config)
             if config.verbose:
-                logging.getLogger("replace").setLevel(logging.DEBUG)
+                for room in ("replace", "distill", "eval", "kernels"):
+                    logging.getLogger(room).setLevel(logging.DEBUG)
             from replace.pipeline import run  # only here: torch and transformers take seconds to import
 
             run(config, folder)
@@ -149,9 +150,10 @@ def _validate(config: Config) -> None:
 
 
 def _describe(config: Config) -> None:
+    from eval.plan import plan_for
     from replace.dry_run import describe
 
-    print(describe(config))
+    print(describe(config, plan_for))
 
 
 def _check_folder(folder: Path, config: Config) -> None:

@@ -1,15 +1,19 @@
 """`dry_run=true`: what a run would do, roughly, from configs alone; no weight is loaded."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from replace.config import AttentionConfig, Config, StageBudget
 from replace.loading import ModelFacts, check_model
-from replace.mixer import VARIANTS, Heads
+from replace.memory import MemoryMixer
+from replace.mixer import VARIANTS, BlockMixer, Heads
 from replace.validation import selected
 
+PlanFor = Callable[..., Any]
 FP32 = 4
 BOOKS = 2
 PROBE = 1024
@@ -28,28 +32,23 @@ class Plan:
     tokens: tuple[int, int, int]
     trained: tuple[int, int, int]
     training_passes: float
-    evaluation_passes: float
 
 
-def describe(config: Config) -> str:
-    """The text that `dry_run=true` prints."""
+def describe(config: Config, plan_for: PlanFor) -> str:
+    """The text that `dry_run=true` prints; `plan_for` is eval's, which this room does not import."""
     facts = check_model(config.model)
     plan = make_plan(config, facts)
     peak = measure_peak()
     per_minute = SHARE_OF_PEAK * peak * 60 / (2 * facts.parameters)  # token-passes
-    training, evaluation = plan.training_passes / per_minute, plan.evaluation_passes / per_minute
-    which = selected(config.layers, facts.layers)
-    chosen = "measured first, where the teacher retrieves" if which is None else f"layers {which}"
-    rest = (
-        f"{facts.layers - plan.new_layers} get {config.layers.rest}"
-        if plan.rest_layers
-        else "the others keep theirs"
+    training, evaluation = (
+        plan.training_passes / per_minute,
+        evaluation_tokens(config, facts, plan_for) / per_minute,
     )
+    others = f"{plan.rest_layers} get {config.layers.rest}" if plan.rest_layers else "others keep theirs"
     lines = [
         f"Dry run of {config.experiment} with budget {config.budget.name}; no weight is loaded.",
         f"  model    {config.model.kind}: {facts.family}, {facts.parameters:,} parameters",
-        f"  layers   {plan.new_layers} get {config.attention.name} ({chosen})",
-        f"           {rest}",
+        f"  layers   {plan.new_layers} get {config.attention.name} ({_which(config, facts)}), {others}",
     ]
     for number, trained, tokens in zip((1, 2, 3), plan.trained, plan.tokens, strict=True):
         work = f"trains {trained:,} parameters on {tokens:,} tokens" if tokens else "left out"
@@ -90,7 +89,6 @@ def make_plan(config: Config, facts: ModelFacts) -> Plan:
         tokens=tokens,  # type: ignore[arg-type]
         trained=(local, local, facts.parameters + added),
         training_passes=training,
-        evaluation_passes=evaluation_tokens(config),
     )
 
 
@@ -104,13 +102,36 @@ def added_parameters(attention: AttentionConfig, variant: str, facts: ModelFacts
     return sum(parameter.numel() for parameter in mixer.parameters())
 
 
-def evaluation_tokens(config: Config) -> float:
-    """Tokens that evaluation reads: two books and three depths of episodes a phase, ablations at the end."""
+def evaluation_tokens(config: Config, facts: ModelFacts, plan_for: PlanFor) -> int:
+    """Tokens that evaluation reads in all phases: books and recall episodes, each once and per ablation."""
     measured = config.budget.eval
-    phases = 2 + sum(1 for stage in config.stages if getattr(config.budget, f"stage{stage}").tokens)
-    cell = 3 * measured.episodes
-    recall = phases * cell * sum(measured.phase_lengths) + 4 * 2 * cell * sum(measured.final_lengths)
-    return phases * BOOKS * measured.perplexity_tokens + recall
+    budgets = {stage: getattr(config.budget, f"stage{stage}") for stage in config.stages}
+    phases = ["teacher", "swapped", *(f"stage{stage}" for stage, budget in budgets.items() if budget.tokens)]
+    total = 0
+    for phase in phases:
+        parts = {} if phase == "teacher" else _parts(config, facts)
+        plan = plan_for(measured, parts, phase=phase, final=phase == phases[-1])
+        for grid in plan.grids:
+            lengths = sum(cell.length for cell in grid.cells)
+            total += lengths * grid.episodes * (1 + len(grid.ablations))
+        total += BOOKS * measured.perplexity_tokens * (1 + len(plan.perplexity_ablations))
+    return total
+
+
+def _parts(config: Config, facts: ModelFacts) -> dict[str, int]:
+    """Layers with a memory and layers with retained pairs, as `eval.ablation.parts_of` counts them."""
+    chosen = selected(config.layers, facts.layers)
+    new = config.layers.k if chosen is None else len(chosen)
+    counts = {config.attention.name: new}
+    if config.layers.rest != "keep":
+        counts[config.layers.rest] = counts.get(config.layers.rest, 0) + facts.layers - new
+    pairs = config.attention.pairs > 0
+    return {
+        "memory": sum(count for name, count in counts.items() if issubclass(VARIANTS.get(name), MemoryMixer)),
+        "pairs": sum(
+            count for name, count in counts.items() if pairs and issubclass(VARIANTS.get(name), BlockMixer)
+        ),
+    }
 
 
 def memory_bytes(config: Config, facts: ModelFacts, plan: Plan) -> int:
@@ -136,15 +157,23 @@ def disk_bytes(config: Config, facts: ModelFacts, plan: Plan) -> int:
 
 
 def measure_peak(seconds: float = 0.3) -> float:
-    """Operations a second of a large fp32 matrix product, on the device that a run would use."""
+    """Operations a second of the fastest of some fp32 matrix products, on the device that a run would use."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     matrix = torch.randn(PROBE, PROBE, device=device)
-    (matrix @ matrix).sum().item()
-    count, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
+    (matrix @ matrix).sum().item()  # the first one pays for start-up
+    best, end = float("inf"), time.perf_counter() + seconds
+    while (start := time.perf_counter()) < end:
         (matrix @ matrix).sum().item()
-        count += 1
-    return count * 2 * PROBE**3 / (time.perf_counter() - start)
+        best = min(best, time.perf_counter() - start)
+    return 2 * PROBE**3 / best
+
+
+def _which(config: Config, facts: ModelFacts) -> str:
+    """The chosen layers in words."""
+    chosen = selected(config.layers, facts.layers)
+    if chosen is None:
+        return "measured first: where the teacher retrieves"
+    return "all" if len(chosen) == facts.layers else ", ".join(map(str, chosen))
 
 
 def _budgets(config: Config) -> list[StageBudget]:
