@@ -6,29 +6,32 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from replace.cache import ReplacedCacheLayer
-
 PARTS = ("memory", "pairs", "sinks", "window")
 
 
 def mixers(model: nn.Module) -> list[nn.Module]:
-    """The mixers of a swapped model: every module that has the attribute `off`, the set of its parts that are off."""
+    """The mixers of a swapped model: every module with the attribute `off`, the set of its parts that are off."""
     return [module for module in model.modules() if isinstance(getattr(module, "off", None), frozenset)]
+
+
+def is_replaced(slot) -> bool:
+    """Whether a layer's place in the cache belongs to a replaced layer, ours or an export's copy of the class."""
+    return getattr(slot, "state", None) is not None
 
 
 def parts_of(model: nn.Module) -> dict[str, int]:
     """How many decoder layers keep what between tokens, seen in the cache after a forward of two tokens.
 
     Returns:
-        {"replaced", "memory", "pairs", "full_attention": numbers of layers}; a layer with full attention keeps every
-        key, so it can carry a fact by itself.
+        {"replaced", "memory", "pairs", "full_attention": numbers of layers}; a layer with full attention
+        keeps every key, so it can carry a fact by itself.
     """
     rows = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
     with torch.inference_mode():
         cache = model(input_ids=rows, use_cache=True).past_key_values
     slots = [slot for slot in cache.layers if slot.is_initialized]
-    states = [slot.state for slot in slots if isinstance(slot, ReplacedCacheLayer) and slot.state is not None]
-    ordinary = [slot for slot in slots if not isinstance(slot, ReplacedCacheLayer)]
+    states = [slot.state for slot in slots if is_replaced(slot)]
+    ordinary = [slot for slot in slots if not is_replaced(slot)]
     return {
         "replaced": len(states),
         "memory": sum(state.memory_M is not None for state in states),
@@ -50,7 +53,7 @@ def ablate(
     before = [(mixer, mixer.off) for mixer in mixers(model)]
     try:
         for mixer, already in before:
-            mixer.off = already | off
+            mixer.off = already | off  # type: ignore[operator, assignment]
         yield
     finally:
         for mixer, already in before:

@@ -10,7 +10,8 @@ RESAMPLES = 1000
 
 
 def clopper_pearson(hits: int, trials: int, level: float = LEVEL) -> list[float]:
-    """The exact interval of a binomial rate (Clopper and Pearson 1934): it covers the true rate in at least `level`.
+    """The exact interval of a binomial rate (Clopper and Pearson 1934): it covers the true rate in at least
+    `level`.
 
     Raises:
         ValueError: `trials` is 0, or `hits` lies outside 0..trials.
@@ -26,9 +27,10 @@ def clopper_pearson(hits: int, trials: int, level: float = LEVEL) -> list[float]
 def paired_difference(on: Sequence[int], off: Sequence[int], level: float = LEVEL) -> dict:
     """The difference of two rates measured on the same episodes, with an exact interval.
 
-    Only the episodes where the two disagree carry information (McNemar): of those, the share in favour of `on` has a
-    Clopper-Pearson interval, which is carried over to the difference. The interval excludes 0 exactly where McNemar's
-    exact test rejects. If nothing disagrees, the bound is that of zero events in n trials, to either side.
+    Only the episodes where the two disagree carry information (McNemar): of those, the share in favour of
+    `on` has a Clopper-Pearson interval, which is carried over to the difference. The interval excludes 0
+    exactly where McNemar's exact test rejects. If nothing disagrees, the bound is that of zero events in n
+    trials, to either side.
 
     Returns:
         {"difference", "interval", "episodes", "only_on", "only_off"}; difference = rate(on) - rate(off).
@@ -64,7 +66,8 @@ def bootstrap(
     """The percentile bootstrap over `count` units; None below two units, where resampling says nothing.
 
     Args:
-        statistic: takes the drawn indices [count] and returns the figure; draws that are not finite are left out.
+        statistic: takes the drawn indices [count] and returns the figure; draws that are not finite are left
+            out.
     """
     if count < 2:
         return None

@@ -1,7 +1,8 @@
 """What each decoder layer's attention puts out, beside the teacher's, on a batch of probe text.
 
-Two comparisons: *in place*, where the student's layer gets the student's own input, so that the differences of all
-layers below add up; and the *transfer error*, where it gets the teacher's input, which is what stage 1 minimises.
+Two comparisons: *in place*, where the student's layer gets the student's own input, so that the differences
+of all layers below add up; and the *transfer error*, where it gets the teacher's input, which is what stage 1
+minimises.
 """
 
 import math
@@ -35,7 +36,9 @@ class Reference:
 
 
 def capture(model: nn.Module, rows: Tensor) -> Reference:
-    """Run `model`, the teacher, on the probe tokens `rows` [B, T] and keep each attention's input and output."""
+    """Run `model`, the teacher, on the probe tokens `rows` [B, T] and keep each attention's input and
+    output.
+    """
     if rows.numel() > LIMIT:
         raise ValueError(f"a probe batch of {rows.numel()} tokens is too large, at most {LIMIT}")
     layers = [module for _, module in attention_layers(model)]
@@ -66,8 +69,9 @@ def layer_outputs(model: nn.Module, reference: Reference) -> list[dict]:
 
     Returns:
         [{"layer", "path", "mean", "std" (of this model's output in place), "teacher_mean", "teacher_std",
-        "max_difference" (largest absolute difference in place), "error" (in place: mean squared difference divided by
-        the variance of the teacher's output), "transfer_error" (the same, given the teacher's input)}].
+        "max_difference" (largest absolute difference in place), "error" (in place: mean squared difference
+        divided by the variance of the teacher's output), "transfer_error" (the same, given the teacher's
+        input)}].
     """
     layers = attention_layers(model)
     mine = capture(model, reference.rows)
@@ -96,7 +100,9 @@ def layer_outputs(model: nn.Module, reference: Reference) -> list[dict]:
 
 
 def _relative(output: Tensor, target: Tensor) -> float | None:
-    return _figure((output - target).square().mean() / target.var().clamp_min(torch.finfo(torch.float32).tiny))
+    return _figure(
+        (output - target).square().mean() / target.var().clamp_min(torch.finfo(torch.float32).tiny)
+    )
 
 
 def _figure(value: Tensor) -> float | None:

@@ -1,6 +1,7 @@
 """metrics.json: every figure of a run, by phase. A stable schema that scripts, sweeps and the report read.
 
-    {"schema": 1, "model", "attention", "layers": [..], "seed", "device", "wall_seconds": {"<phase>": seconds},
+    {"schema": 1, "model", "attention", "layers": [..], "seed", "device", "wall_seconds": {"<phase>":
+    seconds},
      "parts": {"replaced", "memory", "pairs", "full_attention": numbers of layers},
      "replaced": [{"layer", "path", "old_class", "new_class", "parameters", "state_bytes",
                    "output": {"mean", "std", "min", "max", "beyond_fp16"}}],
@@ -10,11 +11,12 @@
 A phase is one of PHASES and has, as far as it was measured,
 
     {"perplexity": {"<text>": see eval.perplexity}, "probes": see eval.probes,
-     "passkey", "niah": {"cells", "means"}: see eval.niah (a pass key in a phrasing of the training; needles in new phrasings),
-     "ablation": {"memory_off" | "pairs_off" | "memory_and_pairs_off": {"perplexity", "passkey", "niah"}},
-     "layer_outputs": see eval.layer_outputs, "speed": {"state": see eval.speed.kept_bytes, "decode"},
-     "generation": {"episodes", "exact", "agrees"}, "seconds": {"<measurement>": seconds},
-     "training": {"tokens", "loss_first", "loss_last", "skipped_steps", "clamped", "nonfinite"}}
+     "passkey", "niah": {"cells", "means"}: see eval.niah (a pass key in a phrasing of the training; needles
+     in new phrasings), "ablation": {"memory_off" | "pairs_off" | "memory_and_pairs_off": {"perplexity",
+     "passkey", "niah"}}, "layer_outputs": see eval.layer_outputs, "speed": {"state": see
+     eval.speed.kept_bytes, "decode"}, "generation": {"episodes", "exact", "agrees"}, "seconds":
+     {"<measurement>": seconds}, "training": {"tokens", "loss_first", "loss_last", "skipped_steps", "clamped",
+     "nonfinite"}}
 
 A phase that did not run is absent. A figure that could not be measured is null, with a "why" beside it.
 """
@@ -84,7 +86,9 @@ def problems(metrics: Any) -> list[str]:
     wrong = []
     if metrics.get("schema") != SCHEMA:
         wrong.append(f"schema is {metrics.get('schema')!r} and should be {SCHEMA}")
-    wrong += [f"{key} is missing" for key in ("model", "layers", "seed", "device", "phases") if key not in metrics]
+    wrong += [
+        f"{key} is missing" for key in ("model", "layers", "seed", "device", "phases") if key not in metrics
+    ]
     phases = metrics.get("phases", {})
     wrong += [f"phases.{name} is none of {', '.join(PHASES)}" for name in phases if name not in PHASES]
     for name, phase in phases.items():
@@ -97,7 +101,9 @@ def problems(metrics: Any) -> list[str]:
             for task in ("passkey", "niah"):
                 for cell in (figures.get(task) or {}).get("cells", []):
                     if len(cell["hits"]) != cell["episodes"]:
-                        wrong.append(f"phases.{place}.{task} has {len(cell['hits'])} hits of {cell['episodes']}")
+                        wrong.append(
+                            f"phases.{place}.{task} has {len(cell['hits'])} hits of {cell['episodes']}"
+                        )
     return wrong
 
 

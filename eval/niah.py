@@ -1,9 +1,10 @@
 """Recall: is a fact that stands far back in the text still there? Pass keys and needles in a haystack.
 
-Episodes are scored in one forward each, with the answer given (teacher forcing): a row is a hit if every answer token
-is the most likely one given the true answer before it. That is the same as an exact match of greedy decoding: greedy
-decoding follows the true answer exactly as long as each step's most likely token is the true one, and up to the
-first miss both see the same prefix. Only the logits at the answer's positions are computed.
+Episodes are scored in one forward each, with the answer given (teacher forcing): a row is a hit if every
+answer token is the most likely one given the true answer before it. That is the same as an exact match of
+greedy decoding: greedy decoding follows the true answer exactly as long as each step's most likely token is
+the true one, and up to the first miss both see the same prefix. Only the logits at the answer's positions are
+computed.
 """
 
 import random
@@ -20,7 +21,9 @@ from replace.episodes import Episode
 
 @dataclass(frozen=True)
 class Cell:
-    """One place of the grid. `phrasing` is train or test (never trained on); `depth` 0..1 from the text's start."""
+    """One place of the grid. `phrasing` is train or test (never trained on); `depth` 0..1 from the text's
+    start.
+    """
 
     length: int
     depth: float
@@ -42,26 +45,29 @@ def episodes_of(cell: Cell, make: MakeEpisode, count: int, seed: int) -> list[Ep
     return [make(cell, random.Random(f"{seed}/{cell}/{index}")) for index in range(count)]
 
 
-def recall(model, episodes: Sequence[Episode], *, batch: int = 1, label: str = "recall") -> dict:
+def recall(model, episodes: Sequence[Episode], *, batch: int = 1, bar: tqdm | None = None) -> dict:
     """Score episodes; rows of one forward have the same number of tokens, so nothing is ever padded.
 
     Args:
         batch: episodes a forward.
+        bar: a progress bar that counts episodes.
 
     Returns:
-        {"exact", "interval" (Clopper-Pearson), "episodes", "digit_accuracy" (share of answer tokens that are the most
-        likely one), "answer_loss" (mean -log p of an answer token), "hits": [0 or 1 for each episode, in order]}.
+        {"exact", "interval" (Clopper-Pearson), "episodes", "digit_accuracy" (share of answer tokens that are
+        the most likely one), "answer_loss" (mean -log p of an answer token), "hits": [0 or 1 for each
+        episode, in order]}.
     """
     device = model.get_input_embeddings().weight.device
     hits = [0] * len(episodes)
     right, total, loss = 0, 0, 0.0
-    bar = tqdm(total=len(episodes), desc=label, unit="episode", leave=False)
     with torch.inference_mode():
         for group in _equal_lengths(episodes, batch):
             rows = torch.stack([episodes[index].input_ids for index in group]).to(device)
             # The last token is only predicted, never read; position t holds the logits of token t + 1.
             keep = max(_answer_length(episodes[index]) for index in group)
-            logits = model(input_ids=rows[:, :-1], use_cache=False, logits_to_keep=keep).logits[:, -keep:].float()
+            logits = (
+                model(input_ids=rows[:, :-1], use_cache=False, logits_to_keep=keep).logits[:, -keep:].float()
+            )
             for line, index in enumerate(group):
                 count = _answer_length(episodes[index])
                 answer = rows[line, -count:]
@@ -70,9 +76,35 @@ def recall(model, episodes: Sequence[Episode], *, batch: int = 1, label: str = "
                 right += int(match.sum())
                 total += count
                 loss += float(F.cross_entropy(logits[line, -count:], answer, reduction="sum"))
-            bar.update(len(group))
-    bar.close()
+            if bar is not None:
+                bar.update(len(group))
     return {**rate(hits), "digit_accuracy": right / total, "answer_loss": loss / total, "hits": hits}
+
+
+def generated(model, tokenizer, episodes: Sequence[Episode]) -> dict:
+    """The same episodes with really generated answers: the model's own greedy `generate` through its cache.
+
+    Returns:
+        {"episodes", "exact", "agrees": the share of episodes where this and `recall` say the same}.
+    """
+    device = model.get_input_embeddings().weight.device
+    hits = []
+    for episode in tqdm(episodes, desc="generation", unit="episode", leave=False):
+        prompt = episode.input_ids[: episode.answer.start].unsqueeze(0).to(device)
+        with torch.inference_mode():
+            output = model.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=_answer_length(episode),
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id
+                if tokenizer.pad_token_id is not None
+                else tokenizer.eos_token_id,
+            )
+        hits.append(int(output[0].tolist() == episode.input_ids.tolist()))
+    scored = recall(model, episodes)["hits"]
+    agrees = sum(a == b for a, b in zip(hits, scored, strict=True)) / len(hits)
+    return {"episodes": len(hits), "exact": sum(hits) / len(hits), "agrees": agrees}
 
 
 def rate(hits: Sequence[int]) -> dict:
@@ -97,20 +129,22 @@ def recall_grid(
     """Every cell of a grid, and the mean over the depths of each group of cells.
 
     Returns:
-        {"cells": [{the fields of the cell, and those of `recall`}], "means": [{the fields of the cell without depth,
-        "exact", "interval", "episodes", "digit_accuracy"}]}; a mean pools all its episodes.
+        {"cells": [{the fields of the cell, and those of `recall`}], "means": [{the fields of the cell without
+        depth, "exact", "interval", "episodes", "digit_accuracy"}]}; a mean pools all its episodes.
     """
     done = []
-    for cell in tqdm(cells, desc=label, unit="cell", leave=False, disable=len(cells) < 2):
-        drawn = episodes_of(cell, make, episodes, seed)
-        name = f"{label} {cell.length} tokens, {cell.haystack}, depth {cell.depth:g}"
-        done.append({**asdict(cell), **recall(model, drawn, batch=batch, label=name)})
+    with tqdm(total=len(cells) * episodes, desc=label, unit="episode", leave=False) as bar:
+        for cell in cells:
+            bar.set_postfix_str(f"{cell.length} tokens, {cell.haystack}, depth {cell.depth:g}", refresh=False)
+            drawn = episodes_of(cell, make, episodes, seed)
+            done.append({**asdict(cell), **recall(model, drawn, batch=batch, bar=bar)})
     return {"cells": done, "means": means(done)}
 
 
 def key(cell: dict) -> tuple:
     """A cell's place in the grid, from the dict that `recall_grid` returns."""
-    return Cell(**{name: cell[name] for name in Cell.__dataclass_fields__}).group() + (cell["depth"],)
+    place = Cell(**{name: cell[name] for name in Cell.__dataclass_fields__})
+    return (*place.group(), place.depth)
 
 
 def means(cells: Sequence[dict]) -> list[dict]:

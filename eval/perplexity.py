@@ -1,8 +1,10 @@
-"""Perplexity of a held-out text, with everything a reader needs to compare it: protocol, interval, position buckets.
+"""Perplexity of a held-out text, with everything a reader needs to compare it: protocol, interval, position
+buckets.
 
-A text is tokenised as the tokenizer does by itself (no beginning-of-sequence token is added by hand), its first `tokens`
-tokens are cut into windows of `length` that start every `stride` tokens, and every token is scored once, by the window
-in which it has the most context. Windows are independent of each other: no state is carried over.
+A text is tokenised as the tokenizer does by itself (no beginning-of-sequence token is added by hand), its
+first `tokens` tokens are cut into windows of `length` that start every `stride` tokens, and every token is
+scored once, by the window in which it has the most context. Windows are independent of each other: no state
+is carried over.
 """
 
 import math
@@ -21,7 +23,9 @@ EDGES = (0, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 CHUNK = 256
 """Tokens whose logits are held in fp32 at once."""
 CHARACTERS_PER_TOKEN = 12
-"""More characters than a token has on average in any text, so that a long book need not be tokenised to its end."""
+"""More characters than a token has on average in any text, so that a long book need not be tokenised to its
+end.
+"""
 
 
 def perplexity(
@@ -41,13 +45,14 @@ def perplexity(
     Args:
         length: tokens of a window.
         stride: distance of the windows' starts, 1..length; by default `length`, so that windows are disjoint.
-        batch: windows of equal length a forward. The model's own forward is used, so a soft cap or a scale on the
-            logits is honoured; they are held once, in the model's dtype, as [batch, length, V].
+        batch: windows of equal length a forward. The model's own forward is used, so a soft cap or a scale on
+            the logits is honoured; they are held once, in the model's dtype, as [batch, length, V].
         seed: of the bootstrap over windows.
 
     Returns:
-        {"ppl", "bits_per_byte", "tokens" (scored), "protocol", "interval", "by_position": [{"from", "to", "ppl",
-        "tokens"}], "windows": [{"nll" (sum, natural log), "tokens"}]}. "ppl" is null with "why" if it is not finite.
+        {"ppl", "bits_per_byte", "tokens" (scored), "protocol", "interval", "by_position": [{"from", "to",
+        "ppl", "tokens"}], "windows": [{"nll" (sum, natural log), "tokens"}]}. "ppl" is null with "why" if it
+        is not finite.
 
     Raises:
         UserError: length, stride or tokens are not possible, or the text has fewer than two tokens.
@@ -79,10 +84,11 @@ def perplexity(
                 sums.append({"nll": float(nll[first:stop].sum()), "tokens": stop - first})
 
     kind = "disjoint" if stride == length else "strided"
-    precision = "bf16 autocast" if torch.is_autocast_enabled(device.type) else str(model.dtype).removeprefix("torch.")
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.dtype
+    dtype = str(dtype).removeprefix("torch.")
     result = {
         "tokens": int(scored.sum()),
-        "protocol": f"{kind} windows of {length} tokens, stride {stride}, first {len(ids)} tokens, {precision}",
+        "protocol": f"{kind} windows of {length} tokens, stride {stride}, first {len(ids)} tokens, {dtype}",
         **summary(sums, seed),
         "bits_per_byte": None,
         "by_position": [],
@@ -103,8 +109,8 @@ def perplexity(
 def tokenise(tokenizer, text: str, tokens: int) -> tuple[list[int], np.ndarray]:
     """The first `tokens` token ids of `text` and the UTF-8 bytes that each of them stands for.
 
-    Bytes are counted up to each token's end from the end of the token before, so they add up to those of the text
-    even where a tokenizer drops white space or splits one character over several tokens.
+    Bytes are counted up to each token's end from the end of the token before, so they add up to those of the
+    text even where a tokenizer drops white space or splits one character over several tokens.
     """
     if tokens < 2:
         raise bad_value("perplexity_tokens", tokens, "a whole number of at least 2")
@@ -125,9 +131,11 @@ def tokenise(tokenizer, text: str, tokens: int) -> tuple[list[int], np.ndarray]:
 
 
 def windows(count: int, length: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """The windows over `count` tokens as (start, stop, first scored): each token but the first of a text is scored once.
+    """The windows over `count` tokens as (start, stop, first scored): each token but the first of a text is
+    scored once.
 
-    A disjoint window's first token has no context and is not scored; nor is a last window of a single new token.
+    A disjoint window's first token has no context and is not scored; nor is a last window of a single new
+    token.
     """
     scored_to = 0
     for start in range(0, count, stride):
@@ -166,7 +174,9 @@ def token_losses(model, rows: Tensor) -> Tensor:
 
 
 def summary(sums: list[dict], seed: int = 0) -> dict:
-    """{"ppl", "interval"} of window sums as `perplexity` returns them; the interval is a bootstrap over windows."""
+    """{"ppl", "interval"} of window sums as `perplexity` returns them; the interval is a bootstrap over
+    windows.
+    """
     nll = np.array([window["nll"] for window in sums])
     tokens = np.array([window["tokens"] for window in sums])
     value = exponential(float(nll.sum() / tokens.sum()))

@@ -8,7 +8,9 @@ import torch
 
 @dataclass(frozen=True)
 class Probe:
-    """A prompt and what a sound continuation contains; None where anything goes and only the text is shown."""
+    """A prompt and what a sound continuation contains; None where anything goes and only the text is
+    shown.
+    """
 
     prompt: str
     expected: str | None
@@ -37,7 +39,9 @@ def probe(model, tokenizer, *, tokens: int = 16, probes: tuple[Probe, ...] = PRO
                 attention_mask=inputs["attention_mask"],
                 max_new_tokens=tokens,
                 do_sample=False,
-                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id
+                if tokenizer.pad_token_id is not None
+                else tokenizer.eos_token_id,
             )
         text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         hit = None if item.expected is None else bool(re.search(rf"\b{re.escape(item.expected)}\b", text))

@@ -1,4 +1,6 @@
-"""What generation costs: bytes that are kept between tokens, and tokens a second, at several lengths of context."""
+"""What generation costs: bytes that are kept between tokens, and tokens a second, at several lengths of
+context.
+"""
 
 import time
 from collections.abc import Iterator
@@ -7,9 +9,10 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers.cache_utils import Cache
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
 
-from replace.cache import ReplacedCacheLayer, state_bytes
+from eval.ablation import is_replaced
 from replace.convert import attention_layers
 
 CHUNK = 1024
@@ -17,45 +20,61 @@ CHUNK = 1024
 PROBE = 64
 
 
-def prefill(model: nn.Module, length: int, *, seed: int = 0, label: str = "prefill") -> Cache:
-    """Read `length` random tokens (one row) in chunks and return the cache. What is read costs the same as any text."""
+def prefill(model: PreTrainedModel, length: int, *, seed: int = 0, label: str = "prefill") -> Cache:
+    """Read `length` random tokens (one row) in chunks and return the cache.
+
+    What is read costs the same as any text.
+    """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    rows = torch.randint(0, model.config.get_text_config().vocab_size, (1, length), generator=generator).to(device)
-    cache = None
+    rows = torch.randint(0, model.config.get_text_config().vocab_size, (1, length), generator=generator).to(
+        device
+    )
+    cache: Cache = DynamicCache(config=model.config)
     with torch.inference_mode():
-        for start in tqdm(range(0, length, CHUNK), desc=label, unit="chunk", leave=False, disable=length <= CHUNK):
+        for start in tqdm(
+            range(0, length, CHUNK), desc=label, unit="chunk", leave=False, disable=length <= CHUNK
+        ):
             part = rows[:, start : start + CHUNK]
-            cache = model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+            cache = model(
+                input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1
+            ).past_key_values
     return cache
 
 
-def kept_bytes(model: nn.Module, lengths: list[int]) -> list[dict]:
+def kept_bytes(model: PreTrainedModel, lengths: list[int]) -> list[dict]:
     """Bytes kept between tokens for one row at each length.
 
-    Ordinary caches grow by a fixed number of bytes a token, so theirs are computed. A swapped model is really run,
-    but only its lowest layers up to the last whose kind (shapes of the state) is new; the others are of those kinds.
+    Ordinary caches grow by a fixed number of bytes a token, so theirs are computed. A swapped model is really
+    run, but only its lowest layers up to the last whose kind (shapes of the state) is new; the others are of
+    those kinds.
 
     Returns:
         [{"length", "bytes", "how"}].
     """
     probe = prefill(model, PROBE)
     kinds = [_kind(slot) for slot in probe.layers]
-    if not any(isinstance(slot, ReplacedCacheLayer) for slot in probe.layers):
+    if not any(is_replaced(slot) for slot in probe.layers):
         how = "computed from the bytes of one token"
-        return [{"length": n, "bytes": sum(_ordinary(s, n) for s in probe.layers), "how": how} for n in lengths]
+        return [
+            {"length": n, "bytes": sum(_ordinary(s, n) for s in probe.layers), "how": how} for n in lengths
+        ]
     depth = max(kinds.index(kind) for kind in set(kinds)) + 1
     results = []
     for length in lengths:
         with lowest_layers(model, depth):
             cache = prefill(model, length, label=f"state at {length} tokens")
         by_kind = {_kind(slot): _bytes(slot) for slot in cache.layers[:depth]}
-        how = "measured" if depth == len(kinds) else f"measured in the lowest {depth} layers, which have all kinds of state"
+        how = (
+            "measured"
+            if depth == len(kinds)
+            else f"measured in the lowest {depth} layers, which have all kinds of state"
+        )
         results.append({"length": length, "bytes": sum(by_kind[kind] for kind in kinds), "how": how})
     return results
 
 
-def decode_speed(model: nn.Module, lengths: list[int], *, steps: int = 12) -> list[dict]:
+def decode_speed(model: PreTrainedModel, lengths: list[int], *, steps: int = 12) -> list[dict]:
     """Greedy decoding of one row after contexts of each length.
 
     Returns:
@@ -101,9 +120,8 @@ def lowest_layers(model: nn.Module, count: int) -> Iterator[None]:
 
 def _kind(slot) -> tuple:
     """What tells layers with different states apart."""
-    if isinstance(slot, ReplacedCacheLayer):
-        tensors = slot.state.tensors() if slot.state is not None else {}
-        return tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items())
+    if is_replaced(slot):
+        return tuple((name, tuple(x.shape), x.dtype) for name, x in slot.state.tensors().items())
     return (type(slot).__name__, _shape(slot), getattr(slot, "sliding_window", None))
 
 
@@ -122,5 +140,5 @@ def _ordinary(slot, length: int) -> int:
 
 def _bytes(slot) -> int:
     """Bytes of one layer's slot."""
-    cache = Cache(layers=[slot])
-    return state_bytes(cache)
+    tensors = list(slot.state.tensors().values()) if is_replaced(slot) else [slot.keys, slot.values]
+    return sum(x.numel() * x.element_size() for x in tensors if isinstance(x, torch.Tensor))

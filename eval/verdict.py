@@ -1,7 +1,7 @@
 """What the numbers say: the verdict on each part of the memory, and how much of the damage was won back.
 
-Nothing here measures; everything is computed from the per-episode hits and per-window losses in metrics.json, so that a
-reader can recompute it.
+Nothing here measures; everything is computed from the per-episode hits and per-window losses in metrics.json,
+so that a reader can recompute it.
 """
 
 import math
@@ -24,17 +24,19 @@ TASKS = ("passkey", "niah")
 def verdict(phase: dict, parts: dict[str, int], *, seed: int = 0) -> dict:
     """The verdict on each part, from one measured phase with its ablations.
 
-    `used`: with it on, recall gains at least 10 points or perplexity at least 0.5 %, and the paired interval excludes
-    0. `harmful`: the same the other way. `window-only`: neither. Where recall and perplexity contradict each other,
-    recall decides, because only recall has to come from outside the window, and "conflict" says so.
+    `used`: with it on, recall gains at least 10 points or perplexity at least 0.5 %, and the paired interval
+    excludes 0. `harmful`: the same the other way. `window-only`: neither. Where recall and perplexity
+    contradict each other, recall decides, because only recall has to come from outside the window, and
+    "conflict" says so.
 
     Args:
         phase: a phase of metrics.json.
         parts: how many layers have each part, from `eval.ablation.parts_of`.
 
     Returns:
-        {"memory", "pairs", "memory_and_pairs": a verdict, or null where the model has no such part or it was not
-        measured; "carried_by_full_attention": bool; "details": {part: {"recall": {...}, "perplexity": {...}, "why"}}}.
+        {"memory", "pairs", "memory_and_pairs": a verdict, or null where the model has no such part or it was
+        not measured; "carried_by_full_attention": bool; "details": {part: {"recall": {...}, "perplexity":
+        {...}, "why"}}}.
     """
     result: dict = {"carried_by_full_attention": parts.get("full_attention", 0) > 0}
     details: dict[str, dict] = {}
@@ -74,19 +76,18 @@ def recall_gain(on: dict, off: dict) -> dict | None:
 
 
 def perplexity_gain(on: dict, off: dict, *, seed: int = 0) -> dict | None:
-    """How much lower perplexity is with the part on, as a share, paired by window over all texts; None if unmeasured.
+    """How much lower perplexity is with the part on, as a share, paired by window over all texts; None if
+    unmeasured.
 
     The share is ppl(off) / ppl(on) - 1; the interval is a bootstrap over windows.
     """
     ratio, interval, count = _log_ratio(off, on, seed)
     if ratio is None:
         return None
-    gain = {
-        "difference": math.expm1(ratio),
-        "interval": None if interval is None else [math.expm1(bound) for bound in interval],
-        "windows": count,
-    }
-    return {**gain, "vote": _vote(gain["difference"], gain["interval"], PERPLEXITY_GAIN)}
+    gain = math.expm1(ratio)
+    bounds = None if interval is None else [math.expm1(bound) for bound in interval]
+    vote = _vote(gain, bounds, PERPLEXITY_GAIN)
+    return {"difference": gain, "interval": bounds, "windows": count, "vote": vote}
 
 
 def _vote(gain: float, interval: Sequence[float] | None, threshold: float) -> str:
@@ -100,7 +101,8 @@ def _vote(gain: float, interval: Sequence[float] | None, threshold: float) -> st
 def paired_hits(one: dict, other: dict, *, distractors: bool = False) -> tuple[list[int], list[int]]:
     """The hits of the episodes that two phases (or ablations) share, in the same order.
 
-    A cell's episodes are drawn in a fixed order, so where one has fewer, they are the first ones of the other.
+    A cell's episodes are drawn in a fixed order, so where one has fewer, they are the first ones of the
+    other.
     """
     first, second = _cells(one), _cells(other)
     left: list[int] = []
@@ -119,7 +121,10 @@ def _cells(phase: dict) -> dict[tuple, dict]:
 
 
 def paired_windows(phases: Sequence[dict], corpus: str) -> tuple[np.ndarray, np.ndarray]:
-    """The windows of a text that all phases scored: losses [P, N] and tokens [N]. Windows begin at the text's start."""
+    """The windows of a text that all phases scored: losses [P, N] and tokens [N].
+
+    Windows begin at the text's start.
+    """
     entries = [(phase.get("perplexity") or {}).get(corpus) for phase in phases]
     if any(entry is None or entry.get("ppl") is None for entry in entries):
         return np.zeros((len(phases), 0)), np.zeros(0)
@@ -151,17 +156,19 @@ def _log_ratio(one: dict, other: dict, seed: int) -> tuple[float | None, list[fl
 
 
 def recovery(phases: dict[str, dict], student: str, *, seed: int = 0) -> dict:
-    """(student - swapped) / (teacher - swapped) for every figure that all three have: 1 is the teacher, 0 the swap.
+    """(student - swapped) / (teacher - swapped) for every figure that all three have: 1 is the teacher, 0 the
+    swap.
 
-    Perplexities enter by their logarithm, on the windows that all three scored. It can be below 0 and above 1.
+    Perplexities enter by their logarithm, on the windows that all three scored. It can be below 0 and above
+    1.
 
     Args:
         phases: metrics.json's phases.
         student: the phase that is judged.
 
     Returns:
-        {"perplexity/<text>", "recall": {"value", "interval"}, or {"value": null, "why"}} where the swap did no damage
-        that can be told from 0, or a phase is missing}.
+        {"perplexity/<text>", "recall": {"value", "interval"}, or {"value": null, "why"}} where the swap did
+        no damage that can be told from 0, or a phase is missing}.
     """
     missing = [name for name in ("teacher", "swapped", student) if name not in phases]
     if missing:

@@ -1,0 +1,191 @@
+"""`python -m eval run=<folder>` and `python -m eval model=<folder or id>`: measure again, or measure
+anything.
+
+The same metrics.json and report.md as those of a run. With `run=` the phases that only the run itself could
+measure are taken over from its metrics.json, and its last phase is measured anew, from its exported or last
+weights.
+"""
+
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from eval.ablation import parts_of
+from eval.layer_outputs import capture
+from eval.measure import Yardstick, conclude, last_student, measure, probe_rows, yardstick
+from eval.metrics import FILE, new_metrics, read_metrics, write_metrics
+from eval.plan import SETS
+from eval.report import write_report
+from replace import load
+from replace.compose import compose, load_config
+from replace.config import Config, ModelConfig
+from replace.console import Console
+from replace.errors import UserError, bad_value
+from replace.loading import Loaded, load_model
+
+logger = logging.getLogger(__name__)
+
+USAGE = """\
+python -m eval run=<run folder>          measure the model of a run again
+python -m eval model=<folder or hub id>  measure any causal language model
+    out=<folder>           where metrics.json and report.md go
+    eval={sets}
+    budget=<name>          how much is measured, as in `python -m replace`; by default the run's own, or quick
+    trust_remote_code=true run the code that a model's folder brings along
+    verbose=true           show the traceback of an error
+"""
+KEYS = ("run", "model", "out", "eval", "budget", "trust_remote_code", "verbose")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; the exit code is 0, or 2 after a mistake that one sentence on stderr explains."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help", "help=true"):
+        (sys.stdout if given else sys.stderr).write(USAGE.format(sets="|".join(SETS)))
+        return 0 if given else 2
+    try:
+        options = parse(given)
+        _log(options)
+        folder = evaluate(options)
+    except (UserError, OSError) as error:
+        if "verbose=true" in given:
+            raise
+        sys.stderr.write(f"error: {_sentence(error)}\n")
+        return 2
+    sys.stdout.write(f"{folder / 'report.md'}\n")
+    return 0
+
+
+def parse(arguments: Sequence[str]) -> dict[str, str]:
+    """key=value arguments.
+
+    Raises:
+        UserError: one of them is not key=value, its key is unknown or given twice, or its value is not
+            possible.
+    """
+    options: dict[str, str] = {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals or not value:
+            raise bad_value("argument", argument, "key=value, such as run=<run folder> or eval=recall")
+        if key not in KEYS:
+            raise bad_value(key, value, f"the keys {', '.join(KEYS)}")
+        if key in options:
+            raise bad_value(key, value, "one value")
+        options[key] = value
+    if ("run" in options) == ("model" in options):
+        raise bad_value("run", options.get("run"), "either run=<run folder> or model=<folder or id>")
+    if options.get("eval", SETS[0]) not in SETS:
+        raise bad_value("eval", options["eval"], SETS)
+    for key in ("verbose", "trust_remote_code"):
+        if options.get(key, "true") not in ("true", "false"):
+            raise bad_value(key, options[key], ("true", "false"))
+    return options
+
+
+def evaluate(options: dict[str, str]) -> Path:
+    """Measure, and write metrics.json and report.md.
+
+    Returns:
+        the folder they are in.
+    """
+    start = time.perf_counter()
+    if "run" in options:
+        source = Path(options["run"]).expanduser()
+        config = load_config(source, "run")
+        folder = _folder(options, source / "eval")
+    else:
+        source = None
+        config = _config_for(options["model"], options.get("trust_remote_code") == "true")
+        folder = _folder(options, Path("outputs") / "eval" / Path(options["model"]).name)
+    if "budget" in options:
+        config.budget = compose([f"budget={options['budget']}"]).budget
+    config.eval.name = options.get("eval", config.eval.name if config.eval.name in SETS else SETS[0])
+
+    if source is not None:
+        recorded = read_metrics(source) if (source / FILE).is_file() else None
+        model, tokenizer = load(source)
+        using = _with_teacher(config, yardstick(tokenizer, config))
+    else:
+        recorded = None
+        loaded = load_model(config.model)
+        model, tokenizer = loaded.model, loaded.tokenizer
+        using = yardstick(tokenizer, config)
+    model.to(device=_device())
+
+    metrics = recorded or new_metrics(
+        model=options.get("model") or config.model.id or config.model.path or config.model.kind,
+        attention=config.attention.name if source is not None else None,
+        layers=[],
+        seed=config.seed,
+        device=str(model.device),
+    )
+    parts = parts_of(model)
+    phase = (last_student(metrics) if recorded else None) or "model"
+    trained = metrics["phases"].get(phase, {}).get("training")
+    metrics["phases"][phase] = measure(model, tokenizer, config, phase=phase, final=True, using=using)
+    if trained:
+        metrics["phases"][phase]["training"] = trained
+    metrics["wall_seconds"][f"eval {phase}"] = round(time.perf_counter() - start, 1)
+    conclude(metrics, parts)
+    write_metrics(folder, metrics)
+    write_report(folder, source)
+    return folder
+
+
+def _config_for(name: str, trust: bool) -> Config:
+    """The default config for a model that is no run's: a folder where there is one, else a hub id."""
+    config = compose([])
+    if Path(name).expanduser().exists():
+        config.model = ModelConfig(kind="local", path=name, trust_remote_code=trust)
+    elif name in ("smollm2", "tiny"):
+        config.model = ModelConfig(kind=name)
+    else:
+        config.model = ModelConfig(kind="hf", id=name, trust_remote_code=trust)
+    return config
+
+
+def _with_teacher(config: Config, using: Yardstick) -> Yardstick:
+    """Capture the teacher's layer outputs; the teacher is gone from memory afterwards."""
+    teacher: Loaded = load_model(config.model)
+    using.reference = capture(teacher.model.to(device=_device()), probe_rows(teacher.tokenizer, using))
+    return using
+
+
+def _folder(options: dict[str, str], default: Path) -> Path:
+    """The folder to write to, made now, so that an unwritable one is found before anything is measured."""
+    folder = Path(options["out"]).expanduser() if "out" in options else default
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise bad_value("out", str(folder), f"a folder that can be written ({error.strerror})") from error
+    return folder
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _log(options: dict[str, str]) -> None:
+    handler = Console()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    level = logging.INFO if options.get("verbose") == "true" else logging.WARNING
+    for name in ("httpx", "transformers", "matplotlib"):
+        logging.getLogger(name).setLevel(level)
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return f"{error.filename or 'The disk'} cannot be read or written: {error.strerror or error}."
+    return " ".join(str(error).split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

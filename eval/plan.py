@@ -1,0 +1,106 @@
+"""What is measured in a phase: a small table, so that the cost of a run can be read off it.
+
+A cell is one (length, depth); its episodes are spread evenly over pass keys and needles in new phrasings, in
+novels and in repeated filler. Between the stages the two parts of the state are switched off together only;
+at the end each of them alone as well, and perplexity is measured without them too.
+"""
+
+import math
+from dataclasses import dataclass
+
+from eval.niah import Cell
+from replace.config import AttentionConfig, EvalBudget
+
+DEPTHS = (0.1, 0.5, 0.9)
+TASKS = (("passkey", "train"), ("sentence", "test"))
+"""Kind of needle and phrasings: one as in the training, one never trained on."""
+HAYSTACKS = ("novel", "filler")
+DISTRACTOR_EVERY = 128
+"""Tokens between two distractor facts in the distractor row."""
+MOST_DISTRACTORS = 32
+SETS = ("quick", "perplexity", "recall", "probes")
+"""Named sets of measurements: everything, or one kind of it."""
+ABLATIONS = {
+    "memory_off": {"memory": True},
+    "pairs_off": {"pairs": True},
+    "memory_and_pairs_off": {"memory": True, "pairs": True},
+}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Cells of one length, the episodes of each, and the ablations run on the very same episodes."""
+
+    cells: tuple[Cell, ...]
+    episodes: int
+    ablations: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One phase's measurements."""
+
+    grids: tuple[Grid, ...] = ()
+    perplexity: bool = True
+    probes: bool = True
+    layer_outputs: bool = True
+    perplexity_ablations: tuple[str, ...] = ()
+    state_lengths: tuple[int, ...] = ()
+    decode_lengths: tuple[int, ...] = ()
+    generated: int = 0
+
+
+def plan_for(budget: EvalBudget, parts: dict[str, int], *, phase: str, final: bool) -> Plan:
+    """The measurements of a phase.
+
+    Args:
+        parts: layers by part, from `eval.ablation.parts_of`; only what is there can be switched off.
+        final: the last phase of a run.
+    """
+    present = [part for part in ("memory", "pairs") if parts.get(part)]
+    combined = ("memory_and_pairs_off",) if present else ()
+    each = tuple(f"{part}_off" for part in present) if len(present) == 2 else ()
+    lengths = budget.final_lengths if final else budget.phase_lengths
+    last_or_teacher = final or phase == "teacher"
+    grids = []
+    for length in sorted(set(lengths)):
+        cells = tuple(
+            Cell(length, depth, kind, phrasing, haystack)
+            for kind, phrasing in TASKS
+            for haystack in HAYSTACKS
+            for depth in DEPTHS
+        )
+        spread = max(1, math.ceil(budget.episodes * len(DEPTHS) / len(cells)))
+        grids.append(Grid(cells, spread, combined + (each if final else ())))
+    if last_or_teacher:
+        length = min(budget.phase_lengths, default=min(lengths))
+        distractors = min(MOST_DISTRACTORS, max(1, length // DISTRACTOR_EVERY))
+        cells = tuple(Cell(length, depth, "passkey", "train", "novel", distractors) for depth in DEPTHS)
+        grids.append(Grid(cells, max(1, budget.episodes // 4)))
+    return Plan(
+        tuple(grids),
+        perplexity_ablations=combined + each if final else (),
+        state_lengths=tuple(budget.speed_lengths) if last_or_teacher else (),
+        decode_lengths=tuple(sorted(set(budget.final_lengths))) if last_or_teacher else (),
+        generated=min(2, budget.episodes) if final else 0,
+    )
+
+
+def only(plan: Plan, name: str) -> Plan:
+    """What of a plan belongs to one of SETS."""
+    if name == "perplexity":
+        return Plan(probes=False, layer_outputs=False, perplexity_ablations=plan.perplexity_ablations)
+    if name == "recall":
+        return Plan(plan.grids, perplexity=False, probes=False, layer_outputs=False, generated=plan.generated)
+    if name == "probes":
+        return Plan(perplexity=False)
+    return plan
+
+
+def clear_tokens(attention: AttentionConfig) -> int:
+    """Tokens that must lie between a needle and the answer so that no query of the answer sees the needle
+    exactly.
+
+    The exact part of a query reaches back at most `window` tokens and its own block (02).
+    """
+    return attention.block + (0 if attention.local == "segment" else attention.window)

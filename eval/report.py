@@ -1,0 +1,423 @@
+"""report.md: what a person reads first. Every word about a result follows from a number in metrics.json.
+
+The text is arranged in report.md.j2; here the numbers become words. What is missing is named: "not measured:
+why".
+"""
+
+import json
+import logging
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from omegaconf import OmegaConf
+
+from eval.metrics import PHASES, read_metrics
+from eval.niah import means
+from eval.plots import PHASE_WORDS, STATES, TASK_WORDS, draw_all
+from eval.summary import summary
+from eval.verdict import PARTS, PERPLEXITY_GAIN, RECALL_GAIN
+from eval.words import (
+    DASH,
+    PART_WORDS,
+    bounds,
+    exact,
+    group,
+    inline,
+    percent,
+    recall_at,
+    recall_lengths,
+    short,
+    squeeze,
+    with_interval,
+)
+from replace.files import atomic_write
+
+logger = logging.getLogger(__name__)
+
+PLOTS = {
+    "loss.png": "Loss by stage",
+    "transfer.png": "Transfer error by layer, before and after",
+    "perplexity.png": "Perplexity by phase and by position",
+    "recall.png": "Recall by length and depth, with parts of the state on and off",
+    "cost.png": "Bytes kept and decoding speed by length of context",
+}
+
+
+def write_report(folder: Path, source: Path | None = None) -> Path:
+    """Write report.md and plots/ into a folder that has a metrics.json.
+
+    Args:
+        source: the run's folder, with train.jsonl and provenance.json, if it is another one.
+
+    Raises:
+        UserError: the folder has no readable metrics.json.
+    """
+    folder, source = Path(folder), Path(source or folder)
+    metrics = read_metrics(folder)
+    drawn = draw_all(metrics, read_log(source / "train.jsonl"), folder / "plots")
+    path = folder / "report.md"
+    atomic_write(
+        path, render(metrics, drawn, provenance=_json(source / "provenance.json"), command=_command(source))
+    )
+    logger.info("report: %s", path)
+    return path
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of train.jsonl; none if there is no such file. A last line that was cut off is left out."""
+    lines = []
+    for number, line in enumerate(
+        path.read_text(encoding="utf-8").splitlines() if path.is_file() else [], start=1
+    ):
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            logger.warning("line %d of %s is not whole and is left out", number, path.name)
+    return lines
+
+
+def render(
+    metrics: dict, drawn: dict[str, str | None], *, provenance: dict | None = None, command: str | None = None
+) -> str:
+    """The report as Markdown.
+
+    Args:
+        drawn: what `eval.plots.draw_all` returned.
+        command: how the run was started.
+    """
+    phases = metrics["phases"]
+    student = next((name for name in reversed(PHASES) if name != "teacher" and name in phases), None)
+    main = phases[student or "teacher"] if phases else {}
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    text = environment.get_template("report.md.j2").render(
+        title=_title(metrics),
+        summary=summary(metrics, student),
+        verdicts=_verdicts(metrics),
+        recall_gain=f"{100 * RECALL_GAIN:.0f}",
+        perplexity_gain=f"{100 * PERPLEXITY_GAIN:g}",
+        phase_table=_phase_table(phases),
+        recoveries=[
+            {"name": name, "value": with_interval(entry, "value")}
+            for name, entry in metrics.get("recovery", {}).items()
+        ],
+        recall_tables=_recall(phases, main),
+        generation=_generation(main),
+        ablated=_ablated(main),
+        probes=_probes(phases, student),
+        cost=_cost(phases, student),
+        training=_training(metrics),
+        replaced=_replaced(metrics),
+        outputs=_outputs(main, student),
+        commands=_commands(command),
+        protocol=_protocol(metrics),
+        reads=len(phases),
+        plots={name: _plot(name, drawn.get(name, "it was not drawn")) for name in PLOTS},
+        provenance=json.dumps(provenance, indent=1, ensure_ascii=False) if provenance else None,
+    )
+    return squeeze(text)
+
+
+# Tables
+
+
+def _verdicts(metrics: dict) -> list[dict]:
+    result = metrics.get("verdict")
+    if not result:
+        return []
+    rows = []
+    for part in PARTS:
+        detail = result["details"].get(part, {})
+        word = result.get(part) or f"not judged: {detail.get('why', 'not measured')}"
+        if result.get(part) and result["carried_by_full_attention"]:
+            word += ", carried-by-full-attention"
+        if detail.get("conflict"):
+            word += f" ({detail['conflict']})"
+        recall, perplexity = detail.get("recall"), detail.get("perplexity")
+        gained, saved = DASH, DASH
+        if recall:
+            around = bounds(recall["interval"], "+.2f")
+            gained = f"{recall['difference']:+.2f} {around}, {recall['episodes']} episodes"
+        if perplexity:
+            around = bounds(perplexity["interval"], "+.1%")
+            saved = f"{perplexity['difference']:+.1%} {around}, {perplexity['windows']} windows"
+        rows.append({"part": PART_WORDS[part], "verdict": word, "recall": gained, "perplexity": saved})
+    return rows
+
+
+def _phase_table(phases: dict) -> dict:
+    present = [name for name in PHASES if name in phases]
+    corpora = list(dict.fromkeys(corpus for name in present for corpus in phases[name].get("perplexity", {})))
+    lengths = sorted({length for name in present for length in recall_lengths(phases[name])})
+    columns = [f"perplexity, {corpus}" for corpus in corpora] + [
+        f"bits a byte, {corpus}" for corpus in corpora
+    ]
+    for length in lengths:
+        columns += [f"recall at {length:,}", f"both off, {length:,}"]
+    columns.append("probes")
+    rows = []
+    for name in present:
+        phase = phases[name]
+        entries = [phase.get("perplexity", {}).get(corpus) for corpus in corpora]
+        cells = [with_interval(entry, "ppl", ".2f") if entry else DASH for entry in entries]
+        cells += [
+            f"{entry['bits_per_byte']:.3f}" if entry and entry.get("bits_per_byte") else DASH
+            for entry in entries
+        ]
+        for length in lengths:
+            off = phase.get("ablation", {}).get("memory_and_pairs_off", {})
+            cells += [
+                exact(pooled) if pooled else DASH
+                for pooled in (recall_at(phase, length), recall_at(off, length))
+            ]
+        judged = [probe["hit"] for probe in phase.get("probes", []) if probe["hit"] is not None]
+        cells.append(f"{sum(judged)} of {len(judged)}" if judged else DASH)
+        rows.append({"name": PHASE_WORDS[name], "cells": cells})
+    return {"columns": columns, "rows": rows}
+
+
+def _recall(phases: dict, main: dict) -> list[dict]:
+    """A table for each task with its distractor row, by length and haystack, with the ablation twins beside
+    it.
+    """
+    tables = []
+    for task, words in TASK_WORDS.items():
+        cells = (main.get(task) or {}).get("cells", [])
+        if not cells:
+            continue
+        twins = [state for state in STATES if state and (main.get("ablation", {}).get(state) or {}).get(task)]
+        depths = sorted({cell["depth"] for cell in cells})
+        columns = [f"depth {depth:g}" for depth in depths] + ["mean", "answer tokens"]
+        columns += [STATES[state][0] for state in twins] + ["teacher"]
+        rows = []
+        for pooled in means(cells):
+            alike = [cell for cell in cells if group(cell) == group(pooled)]
+            by_depth = {cell["depth"]: f"{cell['exact']:.2f}" for cell in alike}
+            others = [main["ablation"][state][task]["cells"] for state in twins]
+            others.append((phases.get("teacher", {}).get(task) or {}).get("cells", []))
+            beside = [[twin for twin in means(other) if group(twin) == group(pooled)] for other in others]
+            many = f", {pooled['distractors']} distractors" if pooled["distractors"] else ""
+            rows.append(
+                {
+                    "length": f"{pooled['length']:,}",
+                    "haystack": pooled["haystack"] + many,
+                    "cells": [by_depth.get(depth, DASH) for depth in depths]
+                    + [f"{exact(pooled)}, {pooled['episodes']} episodes", f"{pooled['digit_accuracy']:.2f}"]
+                    + [exact(found[0]) if found else DASH for found in beside],
+                }
+            )
+        kinds = ", ".join(sorted({cell["kind"] for cell in cells}))
+        tables.append({"title": f"{words[0].upper()}{words[1:]} ({kinds})", "columns": columns, "rows": rows})
+    return tables
+
+
+def _generation(main: dict) -> str:
+    entry = main.get("generation")
+    if not entry:
+        return "Really generated answers: not measured: not part of this phase's plan."
+    return (
+        f"Really generated answers (greedy, through the cache): {entry['exact']:.2f} exact in "
+        f"{entry['episodes']} episodes; "
+        f"they agree with the scored figures in {100 * entry['agrees']:.0f} %."
+    )
+
+
+def _ablated(main: dict) -> dict:
+    twins = {
+        state: (main.get("ablation", {}).get(state) or {}).get("perplexity") for state in STATES if state
+    }
+    twins = {state: figures for state, figures in twins.items() if figures}
+    if not twins:
+        return {"text": "not measured: no part was switched off for perplexity", "rows": []}
+    rows = []
+    for corpus, entry in main.get("perplexity", {}).items():
+        cells = [with_interval(entry, "ppl", ".2f")]
+        for figures in twins.values():
+            off = (figures or {})[corpus]
+            change = (
+                f", {percent(off['ppl'] / entry['ppl'] - 1)}" if off.get("ppl") and entry.get("ppl") else ""
+            )
+            cells.append(with_interval(off, "ppl", ".2f") + change)
+        rows.append({"name": corpus, "cells": cells})
+    return {
+        "text": "The same windows of the same texts:",
+        "columns": ["all on", *(STATES[s][0] for s in twins)],
+        "rows": rows,
+    }
+
+
+def _probes(phases: dict, student: str | None) -> list[dict]:
+    rows = []
+    for name in dict.fromkeys(("teacher", "swapped", student or "teacher")):
+        for entry in phases.get(name, {}).get("probes", []):
+            hit = {True: "hit", False: "missed", None: ""}[entry["hit"]]
+            rows.append(
+                {
+                    "phase": PHASE_WORDS[name],
+                    "prompt": inline(entry["prompt"]),
+                    "continuation": inline(entry["continuation"]),
+                    "expected": f"{entry['expected']}: {hit}" if entry["expected"] else "anything",
+                }
+            )
+    return rows
+
+
+def _cost(phases: dict, student: str | None) -> dict:
+    shown = [
+        name for name in dict.fromkeys(("teacher", student)) if name and phases.get(name, {}).get("speed")
+    ]
+    if not shown:
+        return {"text": "not measured: not part of this run's plan", "rows": []}
+    columns, tables = [], []
+    for name in shown:
+        speed = phases[name]["speed"]
+        columns += [f"{PHASE_WORDS[name]}, bytes kept", f"{PHASE_WORDS[name]}, decoded tokens a second"]
+        tables.append({row["length"]: row for row in speed.get("state", [])})
+        tables.append({row["length"]: row for row in speed.get("decode", [])})
+    rows = []
+    for length in sorted({length for table in tables for length in table}):
+        cells = []
+        for place, table in enumerate(tables):
+            row = table.get(length)
+            figure = None if row is None else row.get("tokens_per_second" if place % 2 else "bytes")
+            if row is not None and figure is None:
+                cells.append(f"not measured: {row['why']}")
+            else:
+                cells.append(DASH if figure is None else f"{figure:,.1f}" if place % 2 else f"{figure:,}")
+        rows.append({"name": f"{length:,}", "cells": cells})
+    how = []
+    for name in shown:
+        ways = dict.fromkeys(row["how"] for row in phases[name]["speed"].get("state", []))
+        how.append(f"{PHASE_WORDS[name]}: {', '.join(ways)}")
+    state = phases[shown[-1]]["speed"].get("state", [])
+    text = f"Bytes that one row keeps between tokens ({'; '.join(how)})."
+    if student and len(state) > 1:
+        first, last = state[0], state[-1]
+        same = "the same" if first["bytes"] == last["bytes"] else "not the same"
+        text += f" The student's are {same} at {first['length']:,} and at {last['length']:,} tokens."
+    return {"text": text, "columns": columns, "rows": rows}
+
+
+def _training(metrics: dict) -> list[dict]:
+    rows = []
+    for name in PHASES:
+        entry = metrics["phases"].get(name, {}).get("training")
+        if entry:
+            seconds = metrics.get("wall_seconds", {}).get(name)
+            first, last = entry.get("loss_first"), entry.get("loss_last")
+            rows.append(
+                {
+                    "name": PHASE_WORDS[name],
+                    "tokens": f"{entry.get('tokens', 0):,}",
+                    "loss": f"{short(first)} → {short(last)}",
+                    "skipped": entry.get("skipped_steps", DASH),
+                    "clamped": entry.get("clamped", DASH),
+                    "nonfinite": entry.get("nonfinite", DASH),
+                    "seconds": DASH if seconds is None else f"{seconds:.0f}",
+                }
+            )
+    return rows
+
+
+def _replaced(metrics: dict) -> dict:
+    layers = metrics.get("replaced")
+    if not layers:
+        return {"text": "not measured: this run replaced no layer, or did not record which", "rows": []}
+    rows = []
+    for layer in layers:
+        output = layer.get("output") or {}
+        state = layer.get("state_bytes")
+        rows.append(
+            {
+                "layer": layer["layer"],
+                "path": layer["path"],
+                "classes": f"{layer['old_class']} → {layer['new_class']}",
+                "parameters": f"{layer['parameters']:,}",
+                "state": DASH if state is None else f"{state:,}",
+                "output": [short(output.get(name)) for name in ("mean", "std", "min", "max")]
+                + [f"{100 * output['beyond_fp16']:.4g} %" if output.get("beyond_fp16") is not None else DASH],
+            }
+        )
+    return {
+        "text": "The last five columns describe the original layer's output before the swap.",
+        "rows": rows,
+    }
+
+
+def _outputs(main: dict, student: str | None) -> dict:
+    layers = main.get("layer_outputs")
+    if not layers:
+        return {"text": "not measured: there was no teacher to compare with", "rows": []}
+    rows = [
+        {
+            "layer": row["layer"],
+            "mean": f"{short(row['mean'])} ({short(row['teacher_mean'])})",
+            "std": f"{short(row['std'])} ({short(row['teacher_std'])})",
+            "max": short(row["max_difference"]),
+            "error": short(row["error"]),
+            "transfer": short(row["transfer_error"]),
+        }
+        for row in layers
+    ]
+    return {
+        "text": f"Phase: {PHASE_WORDS[student or 'teacher']}. "
+        "Errors are shares of the variance of the teacher's output.",
+        "rows": rows,
+    }
+
+
+def _commands(command: str | None) -> list[dict]:
+    rows = [
+        {"figures": "every measured figure of the last phase", "command": "python -m eval run=<this folder>"}
+    ]
+    if command:
+        rows.insert(0, {"figures": "all phases, the training and the plots", "command": command})
+    return rows
+
+
+def _protocol(metrics: dict) -> list[str]:
+    lines = []
+    entries = {
+        (corpus, entry["protocol"])
+        for phase in metrics["phases"].values()
+        for corpus, entry in phase.get("perplexity", {}).items()
+    }
+    lines += [f"perplexity on {corpus}: {protocol}" for corpus, protocol in sorted(entries)]
+    lines.append(f"seed {metrics['seed']}, device {metrics['device']}")
+    if metrics.get("wall_seconds"):
+        spent = ", ".join(f"{name} {seconds:.0f}" for name, seconds in metrics["wall_seconds"].items())
+        lines.append(f"seconds: {spent}")
+    return lines
+
+
+# Words
+
+
+def _title(metrics: dict) -> str:
+    return (
+        f"{metrics['model']} with `{metrics['attention']}`"
+        if metrics.get("attention")
+        else str(metrics["model"])
+    )
+
+
+def _plot(name: str, why: str | None) -> str:
+    return f"![{PLOTS[name]}](plots/{name})" if why is None else f"{PLOTS[name]}: not measured: {why}"
+
+
+def _json(path: Path) -> dict | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _command(folder: Path) -> str | None:
+    """The command line of the run, from what Hydra recorded."""
+    path = folder / ".hydra" / "overrides.yaml"
+    if not path.is_file():
+        return None
+    return " ".join(["python -m replace", *(str(item) for item in OmegaConf.load(path))])
