@@ -208,11 +208,25 @@ def mixers(model: nn.Module) -> dict[int, nn.Module]:
 def _probe(model: PreTrainedModel, modules: list[nn.Module]) -> dict[int, RotarySpec | None]:
     """Run a short text and read each layer's rotary encoding off what its forward is given; check that un-rotating is exact."""
     seen: dict[int, tuple[Tensor, Tensor] | None] = {}
+    precise: dict[int, tuple[Tensor, Tensor]] = {}
 
     def look(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        seen[module.layer_idx] = kwargs.get("position_embeddings")
+        tables = kwargs.get("position_embeddings")
+        seen[module.layer_idx] = None if tables is None else precise.get(id(tables[0]), tables)
 
+    def compute_precisely(module: nn.Module, args: tuple, kwargs: dict, tables: object) -> None:
+        # Families round their tables to the model's dtype; angles read off bf16 tables would be wrong by radians at position 512.
+        if isinstance(tables, tuple) and len(tables) == 2 and args:
+            precise[id(tables[0])] = module.forward(args[0].float(), *args[1:], **kwargs)
+            kept.append(tables)
+
+    kept: list[object] = []  # so that no id is used twice
     hooks = [m.register_forward_pre_hook(look, with_kwargs=True) for m in modules]
+    hooks += [
+        m.register_forward_hook(compute_precisely, with_kwargs=True)
+        for m in model.modules()
+        if "RotaryEmbedding" in type(m).__name__
+    ]
     try:
         model(input_ids=probe_ids(model), use_cache=False)
     finally:
@@ -233,7 +247,7 @@ def _probe(model: PreTrainedModel, modules: list[nn.Module]) -> dict[int, Rotary
         x = torch.randn(1, 2, cos.shape[1], dim, generator=torch.Generator().manual_seed(0)).to(cos.device)
         width = min(cos.shape[-1], dim)
         turned = torch.cat([function(x[..., :width], x[..., :width], cos, sin)[0], x[..., width:]], dim=-1)
-        error = float((unrotate(function, turned, cos, sin) - x).abs().max())
+        error = float((unrotate(function, turned, turned, cos, sin)[0] - x).abs().max())
         if not error < 1e-4:
             raise UserError(f"un-rotating the queries of {name} is off by {error:.1e}; this rotary encoding cannot be replaced.")
     return specs

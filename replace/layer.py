@@ -92,9 +92,7 @@ def replaced_attention(
         replace_context["position_ids"], call.real, (query.shape[0], query.shape[2])
     )
     if replace_context["rotary"] is not None and mixer.rotary is not None:
-        cos, sin = replace_context["rotary"]
-        function = family_rotation(module)
-        query, key = unrotate(function, query, cos, sin), unrotate(function, key, cos, sin)
+        query, key = unrotate(family_rotation(module), query, key, *replace_context["rotary"])
     query, key = query.to(value.dtype), key.to(value.dtype)
     return mixer(query, key, value, call).transpose(1, 2), None
 
@@ -120,10 +118,11 @@ def real_tokens(mask: Tensor | None, tokens: int) -> Tensor | None:
 
 
 def heads_of(attention: nn.Module) -> Heads:
-    """H, G, D and C of an attention module, from its config."""
+    """H, G, D and C of an attention module. G is the module's own, since a config may carry a figure that its family ignores."""
     config = attention.config
     query = config.num_attention_heads
-    key_value = getattr(config, "num_key_value_heads", None) or query
+    shared = getattr(attention, "num_key_value_groups", None)
+    key_value = query // shared if shared else getattr(attention, "num_key_value_heads", None) or query
     dim = getattr(attention, "head_dim", None) or getattr(config, "head_dim", None) or config.hidden_size // query
     return Heads(query, key_value, dim, config.hidden_size)
 

@@ -39,16 +39,22 @@ def family_rotation(attention: nn.Module):
     return None
 
 
-def unrotate(function, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Take the position out of `x [B, H, T, D]` with the family's own function and tables `[B, T, R]`; exact up to rounding."""
-    cos, sin, out = wide(cos), wide(sin), wide(x)
-    width = _rotated_width(function, cos, x.shape[-1])
-    norm = (cos[..., :1].square() + sin[..., :1].square()).unsqueeze(1)
-    turned, _ = function(out[..., :width], out[..., :width], cos, -sin)
-    return torch.cat([turned / norm, out[..., width:]], dim=-1) if width < x.shape[-1] else turned / norm
+def unrotate(function, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Take the position out of q `[B, H, T, D]` and k `[B, G, T, D]` with the family's own function and tables `[B, T, R]`.
+
+    The inverse of a plane rotation scaled by r is that by the negative angle divided by r^2, and cos^2 + sin^2 = r^2 holds entry by
+    entry however the tables are scaled (YaRN) or rounded (bf16); so the division goes into the small tables.
+    """
+    cos, sin, width = wide(cos), wide(sin), _rotated_width(cos, q.shape[-1])
+    square = cos.square() + sin.square()
+    q, k = wide(q), wide(k)
+    if width == q.shape[-1]:
+        return function(q, k, cos / square, -sin / square)
+    turned_q, turned_k = function(q[..., :width], k[..., :width], cos / square, -sin / square)
+    return torch.cat([turned_q, q[..., width:]], dim=-1), torch.cat([turned_k, k[..., width:]], dim=-1)
 
 
-def _rotated_width(function, cos: Tensor, width: int) -> int:
+def _rotated_width(cos: Tensor, width: int) -> int:
     """How many leading dimensions a call rotates: as many as the table is wide, unless the table is half-width."""
     return min(cos.shape[-1], width)
 
@@ -63,7 +69,7 @@ def measure_rotary(function, cos: Tensor, sin: Tensor, head_dim: int) -> RotaryS
     Raises:
         UserError: the rotation is not a set of plane rotations in one of the two known pairings.
     """
-    width = _rotated_width(function, cos, head_dim)
+    width = _rotated_width(cos, head_dim)
     unit = torch.eye(width, dtype=torch.float32, device=cos.device).view(width, 1, 1, width)
     table = [t[:1, 1:2].float().expand(width, 1, -1) for t in (cos, sin)]
     matrix = function(unit, unit, *table)[0].view(width, width).double().cpu()  # row i: where dimension i goes
@@ -106,11 +112,13 @@ class Rotary(nn.Module):
         turn, rest = x[..., :width], x[..., width:]
         if self.spec.pairing == "half":
             a, b = turn.chunk(2, dim=-1)
-            parts = [a * cos - b * sin, b * cos + a * sin]
         else:
             a, b = turn[..., 0::2], turn[..., 1::2]
-            parts = [torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)]
-        return torch.cat([*parts, rest], dim=-1) if rest.shape[-1] or len(parts) > 1 else parts[0]
+        first = torch.addcmul(a * cos, b, sin, value=-1)
+        second = torch.addcmul(b * cos, a, sin)
+        if self.spec.pairing == "interleaved":
+            first, second = torch.stack([first, second], dim=-1).flatten(-2).chunk(2, dim=-1)
+        return torch.cat([first, second, rest] if rest.shape[-1] else [first, second], dim=-1)
 
     def _look_up(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Tables from a cache of the positions below `table`, the only ones a capped frame has; else computed."""

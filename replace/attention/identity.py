@@ -24,15 +24,19 @@ class Identity(nn.Module):
         self.calls += 1
         repeat = self.heads.repeat
         key, value = key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
+        if mask is None:
+            own = torch.arange(key.shape[2] - query.shape[2], key.shape[2], device=key.device).unsqueeze(-1)
+            place = torch.arange(key.shape[2], device=key.device)
+            mask = place <= own
+            if call.sliding_window is not None:
+                mask = mask & (own - place < call.sliding_window)
+        if call.softcap is None and call.sink_logit is None:
+            return torch.nn.functional.scaled_dot_product_attention(
+                query, key.to(query.dtype), value.to(query.dtype), attn_mask=mask, dropout_p=call.dropout, scale=call.scaling
+            ).to(value.dtype)
         logits = wide(query) @ wide(key).transpose(-1, -2) * call.scaling
         if call.softcap is not None:
             logits = call.softcap * torch.tanh(logits / call.softcap)
-        if mask is None:
-            query_place = torch.arange(key.shape[2] - query.shape[2], key.shape[2], device=key.device).unsqueeze(-1)
-            place = torch.arange(key.shape[2], device=key.device)
-            mask = place <= query_place
-            if call.sliding_window is not None:
-                mask = mask & (query_place - place < call.sliding_window)
         logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
         if call.sink_logit is not None:
             sink = wide(call.sink_logit).view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
