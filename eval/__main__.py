@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from eval.ablation import parts_of
 from eval.layer_outputs import capture
@@ -25,7 +26,7 @@ from replace.compose import compose, load_config
 from replace.config import Config, ModelConfig
 from replace.console import Console
 from replace.errors import UserError, bad_value
-from replace.loading import Loaded, load_model
+from replace.loading import load_model
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ def evaluate(options: dict[str, str]) -> Path:
         loaded = load_model(config.model)
         model, tokenizer = loaded.model, loaded.tokenizer
         using = yardstick(tokenizer, config)
-    model.to(device=_device())
+    model = _moved(model)
 
     metrics = recorded or new_metrics(
         model=options.get("model") or config.model.id or config.model.path or config.model.kind,
@@ -151,8 +152,8 @@ def _config_for(name: str, trust: bool) -> Config:
 
 def _with_teacher(config: Config, using: Yardstick) -> Yardstick:
     """Capture the teacher's layer outputs; the teacher is gone from memory afterwards."""
-    teacher: Loaded = load_model(config.model)
-    using.reference = capture(teacher.model.to(device=_device()), probe_rows(teacher.tokenizer, using))
+    teacher = load_model(config.model)
+    using.reference = capture(_moved(teacher.model), probe_rows(teacher.tokenizer, using))
     return using
 
 
@@ -168,8 +169,9 @@ def _folder(options: dict[str, str], default: Path) -> Path:
     return folder
 
 
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _moved(model: nn.Module) -> nn.Module:
+    """The model on the GPU, where there is one."""
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _log(options: dict[str, str]) -> None:

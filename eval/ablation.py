@@ -10,12 +10,12 @@ PARTS = ("memory", "pairs", "sinks", "window")
 
 
 def mixers(model: nn.Module) -> list[nn.Module]:
-    """The mixers of a swapped model: every module with the attribute `off`, the set of its parts that are off."""
+    """The mixers of a swapped model: modules with an attribute `off`, the set of their parts that are off."""
     return [module for module in model.modules() if isinstance(getattr(module, "off", None), frozenset)]
 
 
 def is_replaced(slot) -> bool:
-    """Whether a layer's place in the cache belongs to a replaced layer, ours or an export's copy of the class."""
+    """Whether a place in the cache is that of a replaced layer, ours or an export's copy of the class."""
     return getattr(slot, "state", None) is not None
 
 

@@ -1,9 +1,11 @@
 """Intervals: how far a figure measured on few episodes or few windows can be trusted. All are two-sided."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from scipy.stats import beta
+from scipy.optimize import brentq
+from scipy.stats import beta, binomtest, norm
 
 LEVEL = 0.95
 RESAMPLES = 1000
@@ -25,15 +27,13 @@ def clopper_pearson(hits: int, trials: int, level: float = LEVEL) -> list[float]
 
 
 def paired_difference(on: Sequence[int], off: Sequence[int], level: float = LEVEL) -> dict:
-    """The difference of two rates measured on the same episodes, with an exact interval.
+    """The difference of two rates measured on the same episodes, with its interval and an exact test.
 
-    Only the episodes where the two disagree carry information (McNemar): of those, the share in favour of
-    `on` has a Clopper-Pearson interval, which is carried over to the difference. The interval excludes 0
-    exactly where McNemar's exact test rejects. If nothing disagrees, the bound is that of zero events in n
-    trials, to either side.
+    The interval is Tango's score interval (1998), which holds for few episodes and for rates of 0 and 1; the
+    test is McNemar's exact one, on the episodes where the two disagree.
 
     Returns:
-        {"difference", "interval", "episodes", "only_on", "only_off"}; difference = rate(on) - rate(off).
+        {"difference", "interval", "p", "episodes", "only_on", "only_off"}; difference = rate(on) - rate(off).
     """
     if len(on) != len(off) or not on:
         raise ValueError(f"pairs are needed, got {len(on)} and {len(off)} episodes")
@@ -41,18 +41,35 @@ def paired_difference(on: Sequence[int], off: Sequence[int], level: float = LEVE
     only_on = sum(1 for a, b in zip(on, off, strict=True) if a and not b)
     only_off = sum(1 for a, b in zip(on, off, strict=True) if b and not a)
     discordant = only_on + only_off
-    if discordant:
-        interval = [(2 * p - 1) * discordant / count for p in clopper_pearson(only_on, discordant, level)]
-    else:
-        bound = clopper_pearson(0, count, level)[1]
-        interval = [-bound, bound]
     return {
         "difference": (only_on - only_off) / count,
-        "interval": interval,
+        "interval": _tango(only_on, only_off, count, level),
+        "p": float(binomtest(only_on, discordant).pvalue) if discordant else 1.0,
         "episodes": count,
         "only_on": only_on,
         "only_off": only_off,
     }
+
+
+def _tango(b: int, c: int, n: int, level: float) -> list[float]:
+    """The differences d that a score test of the counts b (first only) and c (second only) of n accepts."""
+    limit = float(norm.ppf((1 + level) / 2))
+
+    def score(d: float) -> float:
+        # The most likely rate of "second only" given d, from A q^2 + B q + C = 0.
+        half = ((2 * n - b + c) * d - b - c) / (4 * n)
+        rate = math.sqrt(max(0.0, half**2 + c * d * (1 - d) / (2 * n))) - half
+        variance = max(0.0, n * (2 * rate + d * (1 - d)))
+        gap = b - c - n * d
+        return gap / math.sqrt(variance) if variance > 0 else 0.0
+
+    estimate, edge = (b - c) / n, 1 - 1e-9
+    low, high = -1.0, 1.0
+    if score(-edge) > limit:
+        low = brentq(lambda d: score(d) - limit, -edge, min(estimate, edge))
+    if score(edge) < -limit:
+        high = brentq(lambda d: score(d) + limit, max(estimate, -edge), edge)
+    return [float(low), float(high)]
 
 
 def bootstrap(

@@ -107,9 +107,7 @@ def loss_by_stage(log: Sequence[dict]) -> Figure:
         losses = [line["loss"] for line in lines]
         axis.plot(tokens, losses, ".", color=SKY, markersize=4, label="logged step")
         axis.plot(tokens, _running_mean(losses), color=BLUE, label="running mean")
-        if min(losses) > 0:
-            axis.set_yscale("log")
-            _plain_log_ticks(axis)
+        _scale(axis, losses)
         axis.set_title(f"stage {stage.removeprefix('stage')}")
         axis.set_xlabel("thousand tokens")
     axes[0][0].set_ylabel("loss")
@@ -142,7 +140,8 @@ def transfer_by_layer(phases: dict) -> Figure:
         axis.set_xlabel("decoder layer")
         _whole_numbers(axis)
     axes[0][0].set_ylabel("squared error / variance of\nthe teacher's attention output")
-    axes[0][0].legend(frameon=False)
+    handles, words = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, words, loc="outside lower center", ncols=len(chosen), frameon=False)
     return figure
 
 
@@ -173,8 +172,8 @@ def perplexity_by_phase(phases: dict) -> Figure:
                     range(len(buckets)), [f"{bucket['from']:,}–\n{bucket['to']:,}" for bucket in buckets]
                 )
         row[1].set_title(f"{corpus}, by position in the window")
-        row[1].set_yscale("log")
-        _plain_log_ticks(row[1])
+        lines = [value for line in row[1].get_lines() for value in line.get_ydata()]
+        _scale(row[1], lines)
     axes[0][1].legend(frameon=False)
     axes[-1][1].set_xlabel("tokens before the predicted one")
     return figure
@@ -191,8 +190,7 @@ def _by_phase(axis: Axes, figures: dict[str, dict]) -> None:
         axis.axhline(figures["teacher"]["ppl"], color=GREY, linestyle="--", linewidth=1)
     axis.set_xticks(range(len(figures)), [PHASE_WORDS[name].replace(", ", ",\n") for name in figures])
     axis.set_xlim(-0.5, len(figures) - 0.3)
-    axis.set_yscale("log")
-    _plain_log_ticks(axis)
+    _scale(axis, [entry["ppl"] for entry in figures.values()])
 
 
 def recall_by_depth(phases: dict) -> Figure:
@@ -326,14 +324,12 @@ def _running_mean(values: Sequence[float], share: float = 0.1) -> list[float]:
     ]
 
 
-def _plain_log_ticks(axis: Axes) -> None:
-    """A logarithmic axis over less than two decades reads better in ordinary numbers."""
-    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if _leading(value) in (2, 3, 5) else "")
-
-
-def _leading(value: float) -> int:
-    return int(f"{value:e}"[0])
+def _scale(axis: Axes, values: Sequence[float]) -> None:
+    """A logarithmic y axis in ordinary numbers where the values span more than a factor of four."""
+    if len(values) and min(values) > 0 and max(values) > 4 * min(values):
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "235" else "")
 
 
 def _whole_numbers(axis: Axes) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from eval.intervals import bootstrap, paired_difference
+from eval.intervals import LEVEL, bootstrap, paired_difference
 from eval.niah import key
 
 PARTS = {"memory": "memory_off", "pairs": "pairs_off", "memory_and_pairs": "memory_and_pairs_off"}
@@ -67,12 +67,16 @@ def verdict(phase: dict, parts: dict[str, int], *, seed: int = 0) -> dict:
 
 
 def recall_gain(on: dict, off: dict) -> dict | None:
-    """The paired gain of recall over all cells without distractors that both have; None if there are none."""
+    """The paired gain of recall over all cells without distractors that both have; None if there are none.
+
+    It counts only where McNemar's exact test rejects as well.
+    """
     hits_on, hits_off = paired_hits(on, off)
     if not hits_on:
         return None
     gain = paired_difference(hits_on, hits_off)
-    return {**gain, "vote": _vote(gain["difference"], gain["interval"], RECALL_GAIN)}
+    sure = gain["p"] < 1 - LEVEL
+    return {**gain, "vote": _vote(gain["difference"], gain["interval"] if sure else None, RECALL_GAIN)}
 
 
 def perplexity_gain(on: dict, off: dict, *, seed: int = 0) -> dict | None:
