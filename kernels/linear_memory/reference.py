@@ -32,3 +32,26 @@ def linear_memory(
                     reads[b, t, h] = numerator / denominator
     weighted = phi_k * weight.unsqueeze(-1)
     return reads, torch.einsum("btgf,btgd->bgfd", weighted, v), weighted.sum(1).reshape(batch, groups, -1)
+
+
+def delta_bounded(phi_k: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, float]:
+    """The bounded delta update of one sequence and head, in sums, one token after the other.
+
+    Args:
+        phi_k: `[N, S, F]`, N blocks of S tokens; v: `[N, S, D]`; weight: `[N, S]`, 0 where nothing is written.
+
+    Returns:
+        M `[F, D]`, z `[F]` and n, the sum of gamma.
+    """
+    M, z, n = torch.zeros(phi_k.shape[-1], v.shape[-1], dtype=v.dtype), torch.zeros_like(phi_k[0, 0]), 0.0
+    for keys, values, gates in zip(phi_k, v, weight, strict=True):
+        tokens = [(w * phi, value) for phi, value, w in zip(keys, values, gates, strict=True) if w > 0]
+        new_M, new_z = M.clone(), z.clone()
+        for phi, _ in tokens:
+            gamma = min(1.0, max(0.0, 1 - float(phi @ z) / float(phi @ phi)))
+            new_z, n = new_z + gamma * phi, n + gamma
+        for phi, value in tokens:
+            reach, crowd = float(phi @ new_z), sum(float(phi @ other) for other, _ in tokens)
+            new_M = new_M + torch.outer(phi, min(1.0, reach / crowd) * (value - phi @ M / reach))
+        M, z = new_M, new_z
+    return M, z, n
