@@ -1,4 +1,4 @@
-"""Seeded synthetic recall episodes: a fact hidden in a long text, and at the end the question that it answers.
+"""Seeded synthetic recall episodes: a fact hidden in a long text, and at the end its question.
 
 An episode is built from token ids: the haystack is encoded once, the needle goes in where a sentence ends, and both
 seams fall between words, so that the ids are those of the decoded text.

@@ -244,7 +244,7 @@ PHRASINGS: dict[str, dict[str, list[Phrasing]]] = {
         ],
         "dev": [
             Phrasing("The vault{key} answers to the digits {value}.", "The vault{key} answers to the digits"),
-            Phrasing("My reference{key} is {value}.", "My reference{key} is"),
+            Phrasing("The alarm{key} is switched off with {value}.", "The alarm{key} is switched off with"),
         ],
         "test": [
             Phrasing("The secret code{key} is {value}. Keep it in mind.", "The secret code{key} is"),
@@ -263,32 +263,28 @@ PHRASINGS: dict[str, dict[str, list[Phrasing]]] = {
     "key_value": {
         "train": [
             Phrasing("The password for {key} is {value}.", "The password for {key} is"),
+            Phrasing("In our cipher {key} becomes {value}.", "In our cipher {key} becomes"),
+            Phrasing("If someone asks for {key}, give them {value}.", "If someone asks for {key}, give them"),
+            Phrasing("Swap {key} with {value}.", "Swap {key} with"),
+            Phrasing("Card {key} is followed by card {value}.", "Card {key} is followed by card"),
+            Phrasing("The team called {key} plays against {value}.", "The team called {key} plays against"),
+            Phrasing("The brand {key} was renamed {value}.", "The brand {key} was renamed"),
+            Phrasing("Project {key} was later called {value}.", "Project {key} was later called"),
+            Phrasing("The horse {key} lost to {value}.", "The horse {key} lost to"),
             Phrasing(
-                "In this code the word {key} stands for {value}.", "In this code the word {key} stands for"
+                "The nickname of {key} is {value}.",
+                "Question: what is the nickname of {key}?\nAnswer: the nickname of {key} is",
             ),
             Phrasing(
                 "Whoever says {key} must be answered with {value}.",
                 "Whoever says {key} must be answered with",
             ),
-            Phrasing(
-                "The partner of {key} is {value}.",
-                "Which word is the partner of {key}? The partner of {key} is",
-            ),
             Phrasing("Please remember that {key} goes with {value}.", "As I said, {key} goes with"),
             Phrasing("On the list, {key} is paired with {value}.", "On the list, {key} is paired with"),
-            Phrasing(
-                "The opposite of {key} in their game was {value}.", "The opposite of {key} in their game was"
-            ),
             Phrasing("The label {key} means {value}.", "The label {key} means"),
-            Phrasing("The entry under {key} reads {value}.", "The entry under {key} reads"),
-            Phrasing(
-                "They traded {key} for {value}.",
-                "Question: for what did they trade {key}?\nAnswer: they traded {key} for",
-            ),
-            Phrasing("The key {key} maps to the value {value}.", "The key {key} maps to the value"),
         ],
         "dev": [
-            Phrasing("Under the sign {key} you find {value}.", "Under the sign {key} you find"),
+            Phrasing("Street {key} leads to street {value}.", "Street {key} leads to street"),
             Phrasing("Room {key} contains {value}.", "Room {key} contains"),
         ],
         "test": [
@@ -315,17 +311,17 @@ PHRASINGS: dict[str, dict[str, list[Phrasing]]] = {
             Phrasing("The office in {key} has the number {value}.", "The office in {key} has the number"),
             Phrasing("The library of {key} owns {value} maps.", "The library of {key} owns"),
             Phrasing("The account of {key} holds {value} coins.", "The account of {key} holds"),
+            Phrasing("The jar in {key} contains {value} beans.", "The jar in {key} contains"),
             Phrasing(
-                "Parcel {value} was sent to {key}.", "The number of the parcel that was sent to {key} is"
+                "The zip code of {key} is {value}.",
+                "Question: what is the zip code of {key}?\nAnswer: the zip code of {key} is",
             ),
+            Phrasing("Our contact in {key} lives at house {value}.", "Our contact in {key} lives at house"),
             Phrasing(
                 "The winner from {key} scored {value} points.",
                 "The points that the winner from {key} scored:",
             ),
             Phrasing("The distance to {key} is {value} steps.", "The distance to {key} is"),
-            Phrasing(
-                "The area code of {key} is {value}.", "Question: what is the area code of {key}?\nAnswer:"
-            ),
         ],
         "dev": [
             Phrasing("The factory in {key} made {value} bells.", "The factory in {key} made"),
@@ -341,9 +337,7 @@ PHRASINGS: dict[str, dict[str, list[Phrasing]]] = {
                 "The ship from {key} bears the registration",
             ),
             Phrasing("The archive in {key} keeps {value} letters.", "The archive in {key} keeps"),
-            Phrasing(
-                "The ticket to {key} costs {value} crowns.", "The price of the ticket to {key} in crowns is"
-            ),
+            Phrasing("A ticket to {key} costs {value} crowns.", "A ticket to {key} costs"),
         ],
     },
 }
