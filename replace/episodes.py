@@ -1,7 +1,7 @@
 """Seeded synthetic recall episodes: a fact hidden in a long text, and at the end its question.
 
-An episode is built from token ids: the haystack is encoded once, the needle goes in where a sentence ends, and both
-seams fall between words, so that the ids are those of the decoded text.
+An episode is built from token ids: the haystack is encoded once, the needle goes in where a sentence ends,
+and both seams fall between words, so that the ids are those of the decoded text.
 """
 
 import random
@@ -27,12 +27,12 @@ FILLERS = {
         " The road is long. The wind is cold. The house is quiet. We wait for the rain. It will come soon.",
         " The bread is warm. The milk is fresh. The table is set. Sit down with us. There is enough for all.",
         " The boats are out. The tide is low. The sand is wet. Nobody is on the beach. The day goes on.",
-        " The clock ticks. The lamp burns. The cat sleeps by the fire. Nothing happens. The night is still young.",
+        " The clock ticks. The lamp burns. The cat sleeps by the fire. Nothing happens. The night is young.",
     ),
     "dev": (" The leaves fall. The path is soft. The birds are gone. We walk on. The hill is not far.",),
     "test": (
         " The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.",
-        " The snow is white. The coal is black. The rose is red. Round and round it goes. So it has always been.",
+        " The snow is white. The coal is black. The rose is red. Round and round it goes. So it was always.",
     ),
 }
 SNIPPET_TOKENS = (40, 160)
@@ -42,7 +42,7 @@ SNIPPET_TOKENS = (40, 160)
 class Episode:
     """One episode of T tokens; slices count tokens of `input_ids`.
 
-    `answers` and `needles` list all facts that are asked, `answer`, `needle` and `question` those of the last one,
+    `answers` and `needles` list all facts that are asked, `answer`, `needle`, `question` those of the last,
     whose answer ends the episode. `phrasing` is its index in `PHRASINGS[kind][split]`.
     """
 
@@ -62,7 +62,7 @@ class Episode:
 
 @dataclass
 class Pool:
-    """Haystack text as ids, int64 [tokens], and the sorted positions where a sentence ends (the next token's index)."""
+    """Haystack text as ids, int64 [tokens], and the sorted ends of sentences (indices of the next token)."""
 
     ids: np.ndarray
     ends: np.ndarray
@@ -70,7 +70,7 @@ class Pool:
 
 @dataclass
 class HaystackSource:
-    """Where haystacks of one name come from, by split; `repeat` says whether a short piece of it is repeated."""
+    """Where haystacks of one name come from, by split; `repeat`: a short piece is repeated."""
 
     name: str
     build: Callable[[str], list[Pool]]
@@ -100,8 +100,8 @@ class HaystackSource:
 def haystack(name: str, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) -> HaystackSource:
     """The haystacks called `name`: novel, speech, snippet (a repeated piece of a novel) or filler.
 
-    Held-out haystacks are made of held-out documents, without the perplexity books where there are others. Of a
-    user's own text, novel, speech and snippet are the same. Nothing is encoded before it is needed.
+    Held-out haystacks are made of held-out documents, without the perplexity books where there are others. Of
+    a user's own text, novel, speech and snippet are the same. Nothing is encoded before it is needed.
     """
     if name not in HAYSTACKS:
         raise bad_value("haystack", name, HAYSTACKS)
@@ -176,7 +176,7 @@ def make_episode(
             raise bad_value(
                 "episode length", length, f"more than {least} tokens, so that sentences fit around the facts"
             )
-        text = tokenizer.decode(stretch.ids).lower()
+        text = str(tokenizer.decode(stretch.ids)).lower()
         if not any(value.lower() in text for _, value in facts):
             break
     else:
@@ -218,7 +218,7 @@ def make_episode(
 
 
 def _draw_facts(rng: random.Random, kind: str, count: int, rare: bool) -> list[tuple[str, str]]:
-    """`count` pairs of a key and a value, all different. `rare`: word values are pairs of words, for long texts."""
+    """`count` pairs of a key and a value, all different. `rare`: word values are two words (long texts)."""
     places = [f" of the {side} {place}" for side in SIDES for place in PLACES]
     keys = {"passkey": places, "key_value": WORDS, "sentence": CITIES}[kind]
     values: Sequence[object] = {"passkey": range(10000, 100000), "sentence": range(2100, 10000)}.get(
@@ -243,7 +243,7 @@ def _needle(tokenizer: PreTrainedTokenizerBase, form: Phrasing, fact: tuple[str,
 def _tail(
     tokenizer: PreTrainedTokenizerBase, forms: Sequence[Phrasing], facts: Sequence[tuple[str, str]]
 ) -> tuple[list[int], list[slice], list[slice]]:
-    """Questions and answers as ids, with the places of each; a space alone before the answer belongs to the question."""
+    """Questions and answers as ids, with their places; a lone space before an answer is the question's."""
     ids: list[int] = []
     questions, answers = [], []
     for form, (key, value) in zip(forms, facts, strict=True):
@@ -251,7 +251,7 @@ def _tail(
         opening = "\n\n" if not ids else ".\n\n"
         ids += tokenizer(opening + form.question.format(key=key), add_special_tokens=False)["input_ids"]
         answer = tokenizer(" " + value, add_special_tokens=False)["input_ids"]
-        while len(answer) > 1 and not tokenizer.decode(answer[:1]).strip():
+        while len(answer) > 1 and not str(tokenizer.decode(answer[:1])).strip():
             ids.append(answer.pop(0))
         questions.append(slice(start, len(ids)))
         answers.append(slice(len(ids), len(ids) + len(answer)))
@@ -290,7 +290,7 @@ _ABBREVIATION = re.compile(r"[Ġ▁]?(?:Mr|Mrs|Ms|Dr|St|Messrs|Hon|Gen|Col|Capt|
 
 
 def _pool(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> Pool:
-    """Find where sentences end: a full stop, then a space and a capital or a new line; not after Mr or an initial.
+    """Find where sentences end: a full stop, then a space and a capital or a new line; not after Mr.
 
     In text without sentences every border between words serves, and in text without words every token.
     """

@@ -1,7 +1,7 @@
 """The wording of recall episodes: a fact as it stands in the text, and the question that its value completes.
 
-`{key}` names the fact, `{value}` is the answer. Train, dev and test share no wording; a phrasing that the unswapped
-default teacher could not answer is not here.
+`{key}` names the fact, `{value}` is the answer. Train, dev and test share no wording; a phrasing that the
+unswapped default teacher could not answer is not here.
 """
 
 from dataclasses import dataclass
@@ -211,7 +211,7 @@ WORDS = [
     "zebra",
 ]
 
-# In a pass key's wording {key} is empty, or " of the <place>" where several facts of the form stand in one text.
+# In a pass key's wording {key} is empty, or " of the <place>" where several such facts stand in one text.
 PHRASINGS: dict[str, dict[str, list[Phrasing]]] = {
     "passkey": {
         "train": [

