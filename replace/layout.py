@@ -136,7 +136,8 @@ def documents_of(position_ids: Tensor | None, real: Tensor | None, shape: tuple[
         position_ids: `[B or 1, T]`, or None. real: `[B, T]` bool or None. shape: (B, T).
 
     Returns:
-        `[B, T]` int64, or None where every row is one document. Steps between pads do not count.
+        `[B, T]` int64, or None where every row is one document. Pads do not count; across them positions may leap forward, so
+        that there only a fall is a new document.
     """
     if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] != shape[1] or shape[1] < 2:
         return None
@@ -145,7 +146,11 @@ def documents_of(position_ids: Tensor | None, real: Tensor | None, shape: tuple[
         return None
     jump = jump.expand(shape[0], -1)
     if real is not None:
-        jump = jump & real[:, 1:] & real[:, :-1]
+        position = position_ids.expand(shape)
+        place = torch.arange(shape[1], device=real.device)
+        before = torch.where(real, place, -1).cummax(1).values[:, :-1]  # the last real token before each token
+        fall = position[:, 1:] <= position.gather(1, before.clamp_min(0))
+        jump = torch.where(before == place[:-1], jump, fall) & (before >= 0) & real[:, 1:]
     if not bool(jump.any()):
         return None
     return torch.nn.functional.pad(jump.long(), (1, 0)).cumsum(1)

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from kernels.linear_memory.chunk import Memory, count_dtype, read, write_delta_bounded, write_linear
+from kernels.linear_memory.chunk import LARGEST, Memory, count_dtype, read, write_delta_bounded, write_linear
 from kernels.numerics import wide
 from kernels.retained_pairs.chunk import gather_pool
 from replace.cache import State
@@ -78,9 +78,21 @@ class MemoryMixer(BlockMixer):
         assert blocks.weight is not None
         k, v, weight, positions = self._leaving(blocks)
         phi_k = self.map_k(self._scaled(k.flatten(2, 3), positions.flatten(2, 3), call)).unflatten(2, k.shape[2:4])
-        states, clamped = self.write(phi_k, wide(v), weight, self._initial(blocks), self.options.clamp)
-        self.clamped = self.clamped + clamped
-        self._written = states
+        v = wide(v)
+        fits = torch.maximum(phi_k.detach().abs().amax(-1), v.detach().abs().amax(-1)) < LARGEST
+        states, clamped = self.write(
+            torch.where(fits.unsqueeze(-1), phi_k, 0),
+            v,
+            torch.where(fits, weight, 0),
+            self._initial(blocks),
+            self.options.clamp,
+        )
+        # What is written now but has not left for good is written again by the next call: count it then.
+        final = torch.arange(v.shape[2], device=v.device) < blocks.layout.evicted()[:, None]
+        final = final.unsqueeze(1)
+        self.clamped = self.clamped + (clamped & final).sum()
+        self.nonfinite = self.nonfinite + (~fits & (weight > 0) & final.unsqueeze(-1)).sum()
+        blocks.written = states
         own = blocks.layout.positions()[:, None, -blocks.q.shape[2] :]
         phi_q = grouped(self.map_q(self._scaled(blocks.q, own, call)), self.heads, self.block)
         before = Memory(states.M[:, :, :-1], states.z[:, :, :-1], states.n[:, :, :-1])
@@ -124,7 +136,8 @@ class MemoryMixer(BlockMixer):
         state = super().next_state(blocks)
         assert blocks.weight is not None
         evicted = blocks.layout.evicted()
-        written: Memory = self.__dict__.pop("_written")
+        assert blocks.written is not None
+        written = blocks.written
         state = replace(
             state,
             weight=self._local(blocks.weight, evicted),

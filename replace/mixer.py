@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from kernels.exact_attention.chunk import exact_attention, exact_attention_with_mass
+from kernels.linear_memory.chunk import Memory
 from kernels.retained_pairs.chunk import Selection, gather_pool, select_pairs
 from replace.cache import ReplacedCacheLayer, State
 from replace.config import AttentionConfig
 from replace.layout import Layout, general_layout, plain_layout
 from replace.registry import Registry
 from replace.rotary import Rotary, RotarySpec
-from replace.scores import SCORES
+from replace.scores import SCORES, LearnedScore
 
 VARIANTS: Registry[type[nn.Module]] = Registry("attention.name", "replace.attention")
 
@@ -77,6 +78,7 @@ class Blocks:
         bad: `[Q, G, W]`, tokens whose key or value was not finite (they are zero in k and v).
         state: the state before the call, or None. score, weight: `[Q, G, W]` fp32 or None.
         selection: the retained pairs before each block. pool_k, pool_v: `[Q, G, K + N S, D]` what its indices point into.
+        written: the memory before each block and after the last, where the variant has one.
     """
 
     layout: Layout
@@ -91,6 +93,7 @@ class Blocks:
     selection: Selection | None = None
     pool_k: Tensor | None = None
     pool_v: Tensor | None = None
+    written: Memory | None = None
 
     @property
     def leaving(self) -> slice:
@@ -120,6 +123,11 @@ class BlockMixer(nn.Module):
         self.clamped: Tensor | int = 0
         self.nonfinite: Tensor | int = 0
         self.score = SCORES.get(options.pairs_score)(heads) if options.pairs else None
+
+    @property
+    def learns_score(self) -> bool:
+        """Whether a map decides about retention that stage 1 can teach."""
+        return isinstance(self.score, LearnedScore)
 
     # The call ------------------------------------------------------------------------------------------------------
 
@@ -162,9 +170,13 @@ class BlockMixer(nn.Module):
         else:
             if real is None:
                 real = torch.ones(batch, tokens, dtype=torch.bool, device=query.device)
+            if state is not None and call.document is not None:
+                raise RuntimeError(
+                    "position_ids begin a new document inside a call that continues a cache, whose state belongs to one document; "
+                    "start from a fresh cache, or pack all documents into the first call."
+                )
             before = None if state is None else state.length
-            document = call.document if state is None else None
-            layout = general_layout(real, document, before, self.block, self.lookback)
+            layout = general_layout(real, call.document, before, self.block, self.lookback)
         k = self._with_past(layout, layout.new(key), None if state is None else state.keys)
         v = self._with_past(layout, layout.new(value), None if state is None else state.values)
         position = layout.positions()
@@ -207,8 +219,8 @@ class BlockMixer(nn.Module):
         state, keep = blocks.state, self.options.pairs
         sequences, groups = blocks.k.shape[:2]
         score = self._by_block(blocks.score[:, :, blocks.leaving])
-        allowed = self.may_leave(blocks) & score.isfinite()
-        score = score.masked_fill(~allowed, -torch.inf)
+        limit = torch.finfo(score.dtype).max
+        score = score.nan_to_num(-limit, limit, -limit).masked_fill(~self.may_leave(blocks), -torch.inf)
         if state is not None and state.pair_score is not None:
             assert state.pair_keys is not None
             assert state.pair_values is not None
@@ -230,12 +242,13 @@ class BlockMixer(nn.Module):
         keys, values, positions, seen = [], [], [], []
         window_start = layout.start.unsqueeze(1) + torch.arange(count, device=blocks.k.device) * size  # [Q, N]
         if self.options.sinks and "sinks" not in self.off:
-            sink_k, sink_v = self._sinks(blocks)
+            sink_k, sink_v, sink_bad = self._sinks(blocks)
             keys.append(sink_k.unsqueeze(2).expand(-1, -1, count, -1, -1))
             values.append(sink_v.unsqueeze(2).expand(-1, -1, count, -1, -1))
             place = torch.arange(self.options.sinks, device=blocks.k.device)
             positions.append(place.expand(*window_start.shape, -1).unsqueeze(1))
-            seen.append((place < window_start.unsqueeze(-1))[:, None, :, None])
+            old = (place < window_start.unsqueeze(-1))[:, None, :, None]
+            seen.append(old & ~sink_bad[:, :, None, None])
         if blocks.selection is not None and "pairs" not in self.off:
             index = blocks.selection.index[:, :, :count]
             keys.append(gather_pool(blocks.pool_k, index))
@@ -288,19 +301,24 @@ class BlockMixer(nn.Module):
             mask = mask & (key == own)
         return mask | (key == own)
 
-    def _sinks(self, blocks: Blocks) -> tuple[Tensor, Tensor]:
-        """The first tokens of each sequence `[Q, G, n, D]`: still local while block 0 is, from the state afterwards."""
+    def _sinks(self, blocks: Blocks) -> tuple[Tensor, Tensor, Tensor]:
+        """The first tokens of each sequence `[Q, G, n, D]`: still local while block 0 is, from the state afterwards; and
+        `[Q, G, n]` bool, which of them are not finite."""
         count = self.options.sinks
         slot = (-blocks.layout.start).clamp_min(0)[:, None] + torch.arange(count, device=blocks.k.device)
         index = slot[:, None, :, None].expand(-1, blocks.k.shape[1], -1, -1)
         local_k = blocks.k.gather(2, index.expand(-1, -1, -1, blocks.k.shape[-1]))
         local_v = blocks.v.gather(2, index.expand(-1, -1, -1, blocks.v.shape[-1]))
+        local_bad = blocks.bad.gather(2, index[..., 0])
         if blocks.state is None:
-            return local_k, local_v
-        local = (blocks.layout.start <= 0)[:, None, None, None]
+            return local_k, local_v, local_bad
+        past_k = blocks.state.sink_keys.to(local_k.dtype)
+        past_bad = past_k[..., 0].isnan()
+        local = (blocks.layout.start <= 0)[:, None, None]
         return (
-            torch.where(local, local_k, blocks.state.sink_keys.to(local_k.dtype)),
-            torch.where(local, local_v, blocks.state.sink_values.to(local_v.dtype)),
+            torch.where(local.unsqueeze(-1), local_k, past_k.masked_fill(past_bad.unsqueeze(-1), 0)),
+            torch.where(local.unsqueeze(-1), local_v, blocks.state.sink_values.to(local_v.dtype)),
+            torch.where(local, local_bad, past_bad),
         )
 
     def _pool_positions(self, blocks: Blocks) -> Tensor:
@@ -334,7 +352,7 @@ class BlockMixer(nn.Module):
         """The state of each sequence after this call."""
         layout = blocks.layout
         evicted = layout.evicted()
-        sinks = self._sinks(blocks) if self.options.sinks else (blocks.k[:, :, :0], blocks.v[:, :, :0])
+        sink_k, sink_v, sink_bad = self._sinks(blocks)
         # A bad token goes back as NaN, so that the next call knows it as bad.
         nan = torch.full((), torch.nan, dtype=blocks.k.dtype, device=blocks.k.device)
         bad = blocks.bad.unsqueeze(-1)
@@ -342,8 +360,8 @@ class BlockMixer(nn.Module):
             length=layout.length,
             keys=self._local(torch.where(bad, nan, blocks.k), evicted),
             values=self._local(blocks.v, evicted),
-            sink_keys=sinks[0],
-            sink_values=sinks[1],
+            sink_keys=torch.where(sink_bad.unsqueeze(-1), nan, sink_k),
+            sink_values=sink_v,
         )
         if blocks.score is not None and blocks.selection is not None:
             index = self._at(blocks.selection.index, evicted)

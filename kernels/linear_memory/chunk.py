@@ -16,6 +16,9 @@ from kernels.numerics import count_dtype
 EMPTY = 1e-9
 """A read's denominator (in units of one token's phi(q).phi(k)) below this counts as an empty memory."""
 
+LARGEST = 1e15
+"""Features or values beyond this are not written: products of two of them, summed, must fit fp32."""
+
 TINY = 1e-30
 """Keeps 0 / 0 away where a denominator is 0 only if the numerator is too."""
 
@@ -47,7 +50,7 @@ def block_updates(phi_k: Tensor, v: Tensor, weight: Tensor, clamp: float) -> tup
             what is read keeps its direction.
 
     Returns:
-        the block means with their weights, and the number of limited (row, head, block) updates.
+        the block means with their weights, and `[B, G, N]` bool, which of them were limited.
     """
     weighted = phi_k * weight.unsqueeze(-1)
     n = weight.sum(-1)
@@ -56,7 +59,7 @@ def block_updates(phi_k: Tensor, v: Tensor, weight: Tensor, clamp: float) -> tup
     M = (weighted / safe.unsqueeze(-1)).transpose(-1, -2) @ v
     largest = torch.maximum(M.detach().abs().amax((-1, -2)), z.detach().abs().amax(-1))
     scale = (clamp / largest.clamp_min(clamp)).unsqueeze(-1)
-    return Memory(M * scale.unsqueeze(-1), z * scale, n), (largest > clamp).sum()
+    return Memory(M * scale.unsqueeze(-1), z * scale, n), largest > clamp
 
 
 def write_linear(phi_k: Tensor, v: Tensor, weight: Tensor, initial: Memory, clamp: float) -> tuple[Memory, Tensor]:
@@ -67,7 +70,7 @@ def write_linear(phi_k: Tensor, v: Tensor, weight: Tensor, initial: Memory, clam
         initial: the memory before the first block, M `[B, G, F, D]`.
 
     Returns:
-        a memory with M `[B, G, N + 1, F, D]`, and the number of limited updates.
+        a memory with M `[B, G, N + 1, F, D]`, and `[B, G, N]` bool, which updates were limited.
     """
     update, clamped = block_updates(phi_k, v, weight, clamp)
     counts = torch.cat([initial.n.unsqueeze(-1), update.n.to(initial.n.dtype)], dim=-1)
@@ -91,7 +94,7 @@ def write_delta_bounded(phi_k: Tensor, v: Tensor, weight: Tensor, initial: Memor
     """
     n, M, z = initial.n, initial.M, initial.z
     states = [(M, z, n)]
-    clamped = torch.zeros((), dtype=torch.long, device=v.device)
+    clamped = []
     for block in range(phi_k.shape[2]):
         phi = phi_k[:, :, block] * weight[:, :, block, :, None]
         written = (weight[:, :, block] > 0).unsqueeze(-1)
@@ -108,14 +111,15 @@ def write_delta_bounded(phi_k: Tensor, v: Tensor, weight: Tensor, initial: Memor
         count = gamma.sum(-1)
         largest = change.detach().abs().amax((-1, -2)) / count.clamp_min(1)
         limit = (clamp / largest.clamp_min(clamp))[..., None]
-        clamped = clamped + (largest > clamp).sum()
+        clamped.append(largest > clamp)
         new_n = n + count.to(n.dtype)
         divide = new_n.detach().to(M.dtype).clamp_min(TINY)[..., None]
         M = (sum_M + change * limit[..., None]) / divide[..., None]
         z, n = (sum_z + (new_z - sum_z) * limit) / divide, new_n
         states.append((M, z, n))
     Ms, zs, ns = zip(*states, strict=True)
-    return Memory(torch.stack(Ms, 2), torch.stack(zs, 2), torch.stack(ns, 2)), clamped
+    limited = torch.stack(clamped, 2) if clamped else n.new_zeros(*n.shape, 0, dtype=torch.bool)
+    return Memory(torch.stack(Ms, 2), torch.stack(zs, 2), torch.stack(ns, 2)), limited
 
 
 def read(phi_q: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
