@@ -62,8 +62,11 @@ class Registry(Generic[T]):
         return self._entries[name]
 
     def _discover(self) -> None:
-        """Import every module of the registry's package, so that a new file there needs no other edit."""
-        if self.package is None:
+        """Import every module of the registry's package, so that a new file there needs no other edit.
+
+        In an export the files lie flat and the modeling file has imported and registered what it needs.
+        """
+        if self.package is None or __name__.partition(".")[0] != self.package.partition(".")[0]:
             return
         found = importlib.import_module(self.package)
         for module in pkgutil.iter_modules(found.__path__):

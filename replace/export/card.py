@@ -1,0 +1,83 @@
+"""The model card of an export."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from replace.config import AttentionConfig
+from replace.convert import SwapSpec
+
+HUB_IDS = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+"""Hub names of teachers that come from elsewhere."""
+
+
+def card(base: str, spec: SwapSpec, provenance: Mapping[str, Any]) -> str:
+    """README.md with a YAML header.
+
+    Args:
+        base: the base model's class.
+        provenance: what `export` was given.
+    """
+    kind = provenance.get("kind")
+    hub_id = provenance.get("id") or HUB_IDS.get(str(kind))
+    licence = provenance.get("licence")
+    terms = f" ({licence})" if licence else ""
+    header = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["layer-replace", *sorted({options.name for options in spec.layers.values()})],
+    }
+    if hub_id:
+        header["base_model"] = hub_id
+    if licence:
+        header["license"] = str(licence).lower()
+    origin = hub_id or provenance.get("path") or kind or "unknown"
+    note = f" ({provenance['note']})" if provenance.get("note") else ""
+    # JSON strings and lists are YAML too, so no value can break the header.
+    yaml = "\n".join(f"{key}: {json.dumps(value)}" for key, value in header.items())
+    layers = "\n".join(_rows(spec))
+    return f"""---
+{yaml}
+---
+
+# {base} with replaced attention
+
+Made by layer-replace from {origin}{note}: the attention of {len(spec.layers)} decoder layers was replaced.
+
+| layers | attention |
+|---|---|
+{layers}
+
+All options are in `config.json` under `replacement`.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+```
+
+`trust_remote_code=True` runs the `.py` files of this folder; read them first. They need torch and
+transformers, nothing else. The replaced layers' part of the cache has a constant size; assisted decoding,
+which takes tokens back, is refused. Their own parameters stay in fp32 whatever `dtype` is asked for.
+PEFT needs its `target_modules` named, as for any model type that it does not know.
+
+Licence: the weights are under the base model's{terms}; the `.py` files of layer-replace are under
+Apache-2.0, those of other packages under their own. `provenance.json` says where everything comes from.
+"""
+
+
+def _rows(spec: SwapSpec) -> list[str]:
+    """One row for each set of options, with the layers that have it."""
+    groups: dict[str, list[int]] = {}
+    for index, options in sorted(spec.layers.items()):
+        groups.setdefault(_words(options), []).append(index)
+    return [f"| {', '.join(map(str, indices))} | {words} |" for words, indices in groups.items()]
+
+
+def _words(options: AttentionConfig) -> str:
+    """The variant and its sizes; everything else is in config.json."""
+    reach = "own block only" if options.local == "segment" else f"window {options.window}"
+    pairs = f", {options.pairs} retained pairs ({options.pairs_score})" if options.pairs else ""
+    return f"`{options.name}`: blocks of {options.block}, {reach}, {options.sinks} sinks{pairs}"
