@@ -15,15 +15,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import replace
 from eval.ablation import parts_of
 from eval.layer_outputs import capture
 from eval.measure import Yardstick, conclude, last_student, measure, probe_rows, yardstick
 from eval.metrics import FILE, new_metrics, read_metrics, write_metrics
 from eval.plan import SETS
 from eval.report import write_report
-from replace import load
 from replace.compose import compose, load_config
-from replace.config import Config, ModelConfig
+from replace.config import Config, DataConfig, ModelConfig
 from replace.console import Console
 from replace.errors import UserError, bad_value
 from replace.loading import load_model
@@ -35,11 +35,12 @@ python -m eval run=<run folder>          measure the model of a run again
 python -m eval model=<folder or hub id>  measure any causal language model
     out=<folder>           where metrics.json and report.md go
     eval={sets}
+    data=<file or folder>  text to measure on, instead of the run's or the default books
     budget=<name>          how much is measured, as in `python -m replace`; by default the run's own, or quick
     trust_remote_code=true run the code that a model's folder brings along
     verbose=true           show the traceback of an error
 """
-KEYS = ("run", "model", "out", "eval", "budget", "trust_remote_code", "verbose")
+KEYS = ("run", "model", "out", "eval", "data", "budget", "trust_remote_code", "verbose")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -105,11 +106,13 @@ def evaluate(options: dict[str, str]) -> Path:
         folder = _folder(options, Path("outputs") / "eval" / Path(options["model"]).name)
     if "budget" in options:
         config.budget = compose([f"budget={options['budget']}"]).budget
+    if "data" in options:
+        config.data = DataConfig(kind="files", path=options["data"])
     config.eval.name = options.get("eval", config.eval.name if config.eval.name in SETS else SETS[0])
 
     if source is not None:
         recorded = read_metrics(source) if (source / FILE).is_file() else None
-        model, tokenizer = load(source)
+        model, tokenizer = replace.load(source)
         using = _with_teacher(config, yardstick(tokenizer, config))
     else:
         recorded = None

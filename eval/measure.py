@@ -14,7 +14,7 @@ from eval.layer_outputs import Reference, capture, layer_outputs
 from eval.metrics import PHASES
 from eval.niah import Cell, MakeEpisode, episodes_of, generated, recall_grid
 from eval.perplexity import perplexity, tokenise
-from eval.plan import ABLATIONS, Grid, Plan, clear_tokens, only, plan_for
+from eval.plan import ABLATIONS, NOT_MEASURED, Grid, Plan, clear_tokens, only, plan_for
 from eval.probes import probe
 from eval.speed import decode_speed, kept_bytes
 from eval.verdict import recovery, verdict
@@ -137,7 +137,8 @@ def measure(
                     result |= _recalls(model, plan.grids, using)
             ablation = _ablations(model, tokenizer, config, plan, using, seconds, phase)
             if ablation:
-                result["ablation"] = ablation
+                others = {name: {"why": why} for name, why in NOT_MEASURED.items()} if final else {}
+                result["ablation"] = ablation | others
             if plan.generated and plan.grids:
                 with _timed(seconds, phase, "generation"):
                     cell = plan.grids[0].cells[0]

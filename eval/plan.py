@@ -25,6 +25,13 @@ ABLATIONS = {
     "pairs_off": {"pairs": True},
     "memory_and_pairs_off": {"memory": True, "pairs": True},
 }
+NOT_MEASURED = {
+    "window_off": "not part of this plan",
+    "sinks_off": "not part of this plan",
+    "other_text_state": "not part of this plan",
+    "sliding_window_control": "a run of its own is needed: python -m replace +exp=window",
+}
+"""The other ablations of the schema: null, with the reason."""
 
 
 @dataclass(frozen=True)

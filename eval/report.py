@@ -110,6 +110,11 @@ def render(
         recall_tables=_recall(phases, main),
         generation=_generation(main),
         ablated=_ablated(main),
+        unmeasured={
+            name.replace("_", " "): twin["why"]
+            for name, twin in main.get("ablation", {}).items()
+            if "why" in twin
+        },
         probes=_probes(phases, student),
         cost=_cost(phases, student),
         training=_training(metrics),

@@ -64,13 +64,13 @@ def kept_bytes(model: PreTrainedModel, lengths: list[int]) -> list[dict]:
     for length in lengths:
         with lowest_layers(model, depth):
             cache = prefill(model, length, label=f"state at {length} tokens")
-        by_kind = {_kind(slot): _bytes(slot) for slot in cache.layers[:depth]}
+        total = sum(_bytes(cache.layers[kinds.index(kind)]) for kind in kinds)
         how = (
             "measured"
             if depth == len(kinds)
             else f"measured in the lowest {depth} layers, which have all kinds of state"
         )
-        results.append({"length": length, "bytes": sum(by_kind[kind] for kind in kinds), "how": how})
+        results.append({"length": length, "bytes": total, "how": how})
     return results
 
 

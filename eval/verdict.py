@@ -46,7 +46,10 @@ def verdict(phase: dict, parts: dict[str, int], *, seed: int = 0) -> dict:
             result[part] = None
             details[part] = {"why": f"no layer has {' or '.join(part.split('_and_'))}"}
             continue
-        off = phase.get("ablation", {}).get(ablation)
+        twins = phase.get("ablation", {})
+        # Where a model has only one of the two, switching both off is switching that one off.
+        alone = present == [name for name in PARTS if parts.get(name, 0)]
+        off = twins.get(ablation) or (twins.get(PARTS["memory_and_pairs"]) if alone else None)
         if off is None:
             result[part] = None
             details[part] = {"why": "not measured with it switched off"}
