@@ -62,7 +62,11 @@ class LayersConfig:
 
 @dataclass
 class DataConfig:
-    """The text: `kind` is index (from the package index), files or hf. `recall` is the share of recall episodes in stages 2 and 3."""
+    """The text: `kind` is index (from the package index), files or hf.
+
+    `recall` is the share of recall episodes among the rows of stages 2 and 3, `recall_transfer` that of stage 1, where they teach the
+    scores of retained pairs what a later question will look for.
+    """
 
     kind: str = "index"
     path: str | None = None
@@ -70,6 +74,7 @@ class DataConfig:
     split: str = "train"
     text_field: str = "text"
     recall: float = 0.34
+    recall_transfer: float = 0.8
 
 
 @dataclass

@@ -1,0 +1,122 @@
+"""Checkpoints: safetensors and JSON, checked by SHA-256, written under a temporary name and renamed. Nothing is ever unpickled."""
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from replace.files import atomic_folder, atomic_write
+
+logger = logging.getLogger(__name__)
+
+KEEP = 2
+"""Checkpoints kept inside a stage: the newest and, should it be damaged, the one before."""
+
+
+@dataclass
+class Progress:
+    """Where a stage stands: steps done, and the counters that go into its metrics."""
+
+    step: int
+    counters: dict[str, float]
+
+
+def save_step(folder: Path, names: list[str], model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+    """Write the state inside a stage to `folder/step-<n>`: trained parameters, optimizer moments, random state, counters."""
+    tensors = _parameters(model, names)
+    for group in optimizer.param_groups:
+        for index, parameter in enumerate(group["params"]):
+            for key, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{group['name']}.{index}.{key}"] = torch.as_tensor(value)
+    tensors["random"] = torch.get_rng_state()
+    _write(folder / f"step-{progress.step:07d}", tensors, {"step": progress.step, "counters": progress.counters})
+    for old in sorted(folder.glob("step-*"))[:-KEEP]:
+        _remove(old)
+
+
+def load_step(folder: Path, names: list[str], model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress | None:
+    """Go on from the newest whole checkpoint inside a stage; None if there is none."""
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        read = _read(path)
+        if read is None:
+            logger.warning("checkpoint %s is damaged; the one before it is used", path.name)
+            continue
+        tensors, about = read
+        _restore(model, {name: tensors[name] for name in names})
+        for group in optimizer.param_groups:
+            for index, parameter in enumerate(group["params"]):
+                start = f"optimizer.{group['name']}.{index}."
+                state = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
+                if state:
+                    optimizer.state[parameter] = state
+        torch.set_rng_state(tensors["random"])
+        return Progress(about["step"], about["counters"])
+    return None
+
+
+def save_stage(folder: Path, names: list[str], model: nn.Module, about: dict) -> None:
+    """Write the trained parameters at a stage's end to `folder/final`; the checkpoints inside the stage go."""
+    _write(folder / "final", _parameters(model, names), about)
+    for old in folder.glob("step-*"):
+        _remove(old)
+
+
+def load_stage(folder: Path, model: nn.Module) -> dict | None:
+    """Take over a finished stage's parameters; returns what `save_stage` was told, or None if the stage is not finished."""
+    read = _read(folder / "final")
+    if read is None:
+        return None
+    tensors, about = read
+    _restore(model, tensors)
+    return about
+
+
+def _parameters(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
+    """Named parameters, detached and on the CPU."""
+    present = dict(model.named_parameters())
+    return {name: present[name].detach().cpu().contiguous() for name in names}
+
+
+def _restore(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Copy tensors into the parameters of that name."""
+    present = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in tensors.items():
+            present[name].copy_(value)
+
+
+def _write(folder: Path, tensors: dict[str, Tensor], about: dict) -> None:
+    """One checkpoint folder, whole or not at all."""
+    with atomic_folder(folder) as temporary:
+        save_file(tensors, temporary / "state.safetensors")
+        about = {**about, "sha256": _hash(temporary / "state.safetensors")}
+        atomic_write(temporary / "about.json", json.dumps(about, indent=1))
+
+
+def _read(folder: Path) -> tuple[dict[str, Tensor], dict] | None:
+    """A checkpoint folder's tensors and description; None if it is missing or damaged."""
+    try:
+        about = json.loads((folder / "about.json").read_text())
+        if about.get("sha256") != _hash(folder / "state.safetensors"):
+            return None
+    except (OSError, ValueError):
+        return None
+    return load_file(folder / "state.safetensors"), about
+
+
+def _remove(folder: Path) -> None:
+    """Delete one of our own checkpoint folders; about.json goes first, so that a half-deleted one is not taken for whole."""
+    for name in ("about.json", "state.safetensors"):
+        (folder / name).unlink(missing_ok=True)
+    folder.rmdir()
+
+
+def _hash(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,95 @@
+"""The rows a stage trains on: text and recall episodes, drawn so that row i of a stage depends on seed, stage and i alone.
+
+Hence a resumed run needs no data state but the number of the step.
+"""
+
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from replace.config import Config, StageBudget
+from replace.corpora import Document, blocks
+from replace.episodes import HAYSTACKS, KINDS, HaystackSource, haystack, make_episode
+
+
+@dataclass
+class Batch:
+    """Rows of one step.
+
+    Attributes:
+        input_ids: `[B, T]`.
+        answers: `[B, T]` bool, True where the token is part of a recall answer.
+        padding: `[B, T]` bool, False for pads; None where nothing is padded.
+    """
+
+    input_ids: Tensor
+    answers: Tensor
+    padding: Tensor | None = None
+
+
+class Mixture:
+    """Draws the rows of one stage."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        documents: list[Document],
+        config: Config,
+        budget: StageBudget,
+        *,
+        stage: int,
+        share: float,
+    ) -> None:
+        """
+        Args:
+            documents: the corpus; only the training split is drawn from.
+            share: the share of recall episodes among the rows.
+        """
+        train = [document for document in documents if document.split == "train"]
+        self.tokenizer = tokenizer
+        self.rows = blocks(train, tokenizer, budget.length)
+        self.budget, self.stage, self.share, self.seed = budget, stage, share, config.seed
+        attention = config.attention
+        self.clear = attention.block + (0 if attention.local == "segment" else attention.window)
+        self.haystacks: list[HaystackSource] = [haystack(name, train, tokenizer) for name in HAYSTACKS]
+        order = torch.Generator().manual_seed(config.seed * 1000 + stage)
+        self.order = torch.randperm(len(self.rows), generator=order)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the stage: all tokens are used, the last step may exceed the budget by less than one batch."""
+        return -(-self.budget.tokens // (self.budget.batch * self.budget.length))
+
+    def batch(self, step: int, accumulate: int = 1, part: int = 0) -> Batch:
+        """The rows of step `step`, or of its part `part` of `accumulate`."""
+        size = self.budget.batch
+        first = (step * accumulate + part) * size
+        rows = [self._row(first + i) for i in range(size)]
+        return Batch(torch.stack([r[0] for r in rows]), torch.stack([r[1] for r in rows]))
+
+    def _row(self, number: int) -> tuple[Tensor, Tensor]:
+        """One row and its answer mask."""
+        recall = int((number + 1) * self.share) > int(number * self.share)
+        if not recall:
+            ids = self.rows[int(self.order[number % len(self.order)])]
+            return ids, torch.zeros_like(ids, dtype=torch.bool)
+        rng = random.Random(f"{self.seed} {self.stage} {number}")
+        length = self.budget.length
+        episode = make_episode(
+            self.tokenizer,
+            rng,
+            length,
+            rng.random() * 0.9,
+            rng.choice(KINDS),
+            rng.choice(self.haystacks),
+            "train",
+            needles=rng.choice((1, 1, 2, 3)),
+            clear=min(self.clear, length // 3),
+        )
+        answers = torch.zeros(length, dtype=torch.bool)
+        for part in episode.answers:
+            answers[part] = True
+        return episode.input_ids, answers

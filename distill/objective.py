@@ -1,0 +1,116 @@
+"""The losses: transfer losses per layer, the score loss, and the language-model objective in chunks."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from replace.errors import bad_value
+
+CHUNK = 256
+"""Tokens whose logits exist at once."""
+
+
+def transfer_loss(kind: str, student: Tensor, teacher: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The loss of one layer's attention output against the teacher's.
+
+    Args:
+        kind: mse, huber or cosine. Cosine looks at directions only: magnitude is lost, so it is a last resort.
+        student, teacher: `[B, T, C]`. real: `[B, T]` bool or None.
+
+    Returns:
+        the loss divided by the variance of the target, so that layers weigh alike, and the raw loss.
+    """
+    s, t = student.float(), teacher.float()
+    if real is not None:
+        s, t = s[real], t[real]
+    if kind == "mse":
+        raw = F.mse_loss(s, t)
+    elif kind == "huber":
+        deviation = t.std().clamp_min(1e-6)
+        loss = F.huber_loss(s / deviation, t / deviation)
+        return loss, loss.detach() * deviation.square()
+    elif kind == "cosine":
+        raw = 1 - F.cosine_similarity(s, t, dim=-1).mean()
+        return raw, raw.detach()
+    else:
+        raise bad_value("stage.transfer_loss", kind, ["mse", "huber", "cosine"])
+    return raw / t.var().clamp_min(1e-12), raw.detach()
+
+
+def score_loss(score: Tensor, later: Tensor, keep: int, sinks: int) -> Tensor:
+    """Binary cross-entropy of scores against "is among the `keep` tokens with the largest later attention".
+
+    Args:
+        score: `[B, G, T]` logits. later: `[B, G, T]` from `replace.observe.later_attention`, 0 where no query counted.
+        sinks: the first tokens, which need no score, do not count.
+    """
+    known = later > 0
+    known[..., :sinks] = False
+    ranked = later.masked_fill(~known, -1.0)
+    top = ranked.topk(min(keep, ranked.shape[-1]), dim=-1).indices
+    target = torch.zeros_like(score).scatter_(-1, top, 1.0)
+    loss = F.binary_cross_entropy_with_logits(score, target, reduction="none")
+    return (loss * known).sum() / known.sum().clamp_min(1)
+
+
+@dataclass
+class LanguageLoss:
+    """The parts of one language-model loss; `total` carries the gradient."""
+
+    total: Tensor
+    kl: float
+    ce: float
+    answers: float
+
+
+def language_loss(
+    hidden: Tensor,
+    teacher_hidden: Tensor | None,
+    head: nn.Module,
+    teacher_head: nn.Module,
+    input_ids: Tensor,
+    answers: Tensor,
+    real: Tensor | None,
+    objective: str,
+) -> LanguageLoss:
+    """KL to the teacher and/or cross-entropy on the text, plus cross-entropy on the answers of recall episodes.
+
+    Logits are made chunk by chunk and made again in the backward, so `[B, T, V]` never exists.
+
+    Args:
+        hidden, teacher_hidden: `[B, T, C]`, what the output embedding is given.
+        input_ids: `[B, T]`; position t predicts t + 1. answers, real: `[B, T]` bool.
+        objective: kl, ce or mix (their mean).
+    """
+    target = input_ids[:, 1:].flatten()
+    counted = torch.ones_like(target, dtype=torch.bool) if real is None else (real[:, 1:] & real[:, :-1]).flatten()
+    answer = answers[:, 1:].flatten() & counted
+    student = hidden[:, :-1].flatten(0, 1)
+    teacher = None if teacher_hidden is None else teacher_hidden[:, :-1].flatten(0, 1)
+
+    def part(s: Tensor, t: Tensor | None, label: Tensor, use: Tensor, asked: Tensor) -> Tensor:
+        log_q = head(s).float().log_softmax(-1)
+        nll = -log_q.gather(-1, label.unsqueeze(-1)).squeeze(-1)
+        sums = [(nll * use).sum(), (nll * asked).sum()]
+        if t is None:
+            return torch.stack([nll.new_zeros(()), *sums])
+        with torch.no_grad():
+            log_p = teacher_head(t).float().log_softmax(-1)
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+        return torch.stack([(kl * use).sum(), *sums])
+
+    total = torch.zeros(3, device=hidden.device)
+    for start in range(0, len(target), CHUNK):
+        piece = slice(start, start + CHUNK)
+        arguments = (student[piece], None if teacher is None else teacher[piece], target[piece], counted[piece], answer[piece])
+        total = total + checkpoint(part, *arguments, use_reentrant=False)
+    tokens, asked = counted.sum().clamp_min(1), answer.sum()
+    kl, ce = total[0] / tokens, total[1] / tokens
+    on_answers = total[2] / asked.clamp_min(1)
+    text = {"kl": kl, "ce": ce, "mix": (kl + ce) / 2}[objective]
+    # One lost answer should weigh like the text around it, not like one token among a thousand.
+    loss = text + torch.where(asked > 0, on_answers, torch.zeros_like(on_answers))
+    return LanguageLoss(loss, float(kl.detach()), float(ce.detach()), float(on_answers.detach()) if bool(asked) else 0.0)

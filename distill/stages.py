@@ -1,0 +1,248 @@
+"""The stages as data: which parameters, which learning rates, and what one step computes.
+
+Stage 1 (transfer) is local: while the teacher's own attention runs, each replaced layer is given the teacher's input and learns the
+teacher's output, and its backward ends before the next layer begins. There is no graph through the model, no second model, and
+nothing above the last replaced layer is computed. Beside it, where pairs are retained, their scores learn the teacher's later
+attention. Stages 2 and 3 train in place, on the language model's objective.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from distill.data import Batch
+from distill.objective import language_loss, score_loss, transfer_loss
+from replace.config import Config
+from replace.convert import attention_layers, conversion_of, teacher_attention
+from replace.errors import UserError
+from replace.layer import ReplacedAttention
+from replace.observe import later_attention, observe
+
+logger = logging.getLogger(__name__)
+
+NAMES = {1: "transfer", 2: "new layers", 3: "full model"}
+KINDS = ("projection", "map", "gate", "score")
+
+StepResult = dict[str, float]
+"""Named losses of one step; `loss` is the one that is minimised."""
+
+
+@dataclass
+class Stage:
+    """One stage, ready to be trained.
+
+    Attributes:
+        groups: optimizer groups, `{"params", "lr", "weight_decay", "name"}`.
+        step: computes the gradients of a batch (adds them, scaled by its second argument) and returns the losses.
+        names: the trainable parameters' names, what a checkpoint must hold.
+    """
+
+    number: int
+    groups: list[dict]
+    step: Callable[[Batch, float], StepResult]
+    names: list[str]
+
+
+class Stop(Exception):
+    """Ends a teacher forward once the last replaced layer has been seen."""
+
+
+def kind_of(name: str) -> str:
+    """The group of a parameter of a replaced layer, by its name below the attention module."""
+    if not name.startswith("mixer."):
+        return "projection"
+    rest = name.removeprefix("mixer.")
+    if rest.startswith("score."):
+        return "score"
+    return "gate" if rest.startswith(("gate.", "log_amplitude")) else "map"
+
+
+def replaced_layers(model: nn.Module) -> dict[int, nn.Module]:
+    """The replaced attention modules by layer index."""
+    return {m.layer_idx: m for _, m in attention_layers(model) if isinstance(m, ReplacedAttention)}
+
+
+def local_groups(model: nn.Module, rates: dict[str, float], decay: float) -> tuple[list[dict], list[str]]:
+    """Optimizer groups over the replaced layers' parameters; a kind with rate 0 stays frozen.
+
+    Gates and scores get no weight decay: it would pull them towards one half whatever the data say.
+    """
+    kinds: dict[str, list[nn.Parameter]] = {kind: [] for kind in KINDS}
+    names = []
+    wanted = {id(p): kind_of(n) for m in replaced_layers(model).values() for n, p in m.named_parameters()}
+    for name, parameter in model.named_parameters():
+        kind = wanted.get(id(parameter))
+        trainable = kind is not None and rates[kind] > 0
+        parameter.requires_grad_(trainable)
+        if trainable and kind is not None:
+            kinds[kind].append(parameter)
+            names.append(name)
+    groups = [
+        {"params": p, "lr": rates[kind], "name": kind, "weight_decay": decay if kind in ("projection", "map") else 0.0}
+        for kind, p in kinds.items()
+        if p
+    ]
+    if not groups:
+        raise UserError("nothing is trainable: no layer is replaced, or all learning rates of stage.* are 0.")
+    return groups, names
+
+
+def transfer_stage(model: PreTrainedModel, config: Config) -> Stage:
+    """Stage 1."""
+    stage = config.stage
+    rates = {"projection": stage.lr_projection1, "map": stage.lr_map1, "gate": stage.lr_gate, "score": stage.lr_score}
+    groups, names = local_groups(model, rates, stage.weight_decay)
+    layers = replaced_layers(model)
+    originals = conversion_of(model).originals
+    last = max(layers)
+    decoder = model.get_decoder()
+
+    def step(batch: Batch, scale: float) -> StepResult:
+        raw: dict[int, float] = {}
+        losses: dict[str, float] = {"loss": 0.0, "transfer": 0.0, "score": 0.0}
+        later: dict[int, Tensor] = {}
+
+        def look(module: nn.Module, query: Tensor, key: Tensor, scaling: float) -> None:
+            mixer = layers[module.layer_idx].mixer
+            if getattr(mixer, "learns_score", False):
+                gap = (mixer.lookback + 1) * mixer.block
+                later[module.layer_idx] = later_attention(query, key, scaling, gap)
+
+        def learn(module: nn.Module, args: tuple, kwargs: dict, output) -> None:
+            index = module.layer_idx
+            layer, target = layers[index], output[0].detach()
+            given = {k: v.detach() if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+            with torch.enable_grad():
+                answer = layer(**given)[0]
+                loss, unscaled = transfer_loss(stage.transfer_loss, answer, target, batch.padding)
+                total = loss
+                if index in later:
+                    mixer = layer.mixer
+                    with torch.autocast(target.device.type, enabled=False):
+                        score = mixer.score(given["hidden_states"], None, None)
+                    taught = score_loss(score, later.pop(index), mixer.options.pairs, mixer.options.sinks)
+                    losses["score"] += float(taught.detach()) / len(layers)
+                    total = total + taught
+                if total.requires_grad:
+                    (total * scale / len(layers)).backward()
+            losses["transfer"] += float(loss.detach()) / len(layers)
+            raw[index] = float(unscaled)
+            if index == last:
+                raise Stop
+
+        hooks = [originals[i].register_forward_hook(learn, with_kwargs=True) for i in layers]
+        try:
+            with torch.no_grad(), teacher_attention(model), observe([originals[i] for i in layers], look):
+                decoder(input_ids=batch.input_ids, attention_mask=batch.padding, use_cache=False)
+        except Stop:
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+        losses["loss"] = losses["transfer"] + losses["score"]
+        return losses | {f"layer_{i}": value for i, value in raw.items()}
+
+    return Stage(1, groups, step, names)
+
+
+def language_stage(
+    model: PreTrainedModel, config: Config, number: int, teacher: PreTrainedModel | None = None
+) -> Stage:
+    """Stage 2 (replaced layers only, scores frozen) or 3 (all parameters).
+
+    Args:
+        teacher: the unswapped model; None in stage 2, where the frozen originals are toggled in.
+    """
+    stage = config.stage
+    if number == 2:
+        rates = {"projection": stage.lr_projection2, "map": stage.lr_map2, "gate": stage.lr_gate, "score": 0.0}
+        groups, names = local_groups(model, rates, stage.weight_decay)
+    else:
+        names, parameters = [], []
+        for name, parameter in model.named_parameters():
+            # The choice of pairs has no gradient, so their scores stay as stage 1 left them.
+            parameter.requires_grad_(".mixer.score." not in name)
+            if parameter.requires_grad:
+                names.append(name)
+                parameters.append(parameter)
+        groups = [{"params": parameters, "lr": stage.lr_stage3, "name": "all", "weight_decay": stage.weight_decay}]
+    needs_teacher = stage.objective != "ce"
+
+    @contextmanager
+    def as_teacher() -> Iterator[PreTrainedModel]:
+        if teacher is not None:
+            yield teacher
+        else:
+            with teacher_attention(model):
+                yield model
+
+    def step(batch: Batch, scale: float) -> StepResult:
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.padding, "use_cache": False}
+        teacher_hidden, teacher_head = None, head_of(model)
+        if needs_teacher:
+            with torch.no_grad(), as_teacher() as source:
+                teacher_hidden, teacher_head = final_hidden(source, inputs), head_of(source)
+        hidden = final_hidden(model, inputs)
+        if not hidden.requires_grad:
+            raise UserError(
+                f"the loss of stage {number} ({NAMES[number]}) has no gradient; frozen is everything but {len(names)} parameters."
+            )
+        loss = language_loss(
+            hidden,
+            teacher_hidden,
+            head_of(model),
+            teacher_head,
+            batch.input_ids,
+            batch.answers,
+            batch.padding,
+            stage.objective,
+        )
+        (loss.total * scale).backward()
+        return {"loss": float(loss.total.detach()), "kl": loss.kl, "ce": loss.ce, "answers": loss.answers}
+
+    return Stage(number, groups, step, names)
+
+
+def final_hidden(model: PreTrainedModel, inputs: dict) -> Tensor:
+    """`[B, T, C]`: what the output embedding is given."""
+    return model.get_decoder()(**inputs).last_hidden_state
+
+
+def head_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """Hidden states to logits, with the scaling or soft cap that some families put on them.
+
+    Under autocast the weight is cast once here: autocast would cast a frozen one again for every chunk of tokens.
+    """
+    config = model.config.get_text_config(decoder=True)
+    embedding = model.get_output_embeddings()
+    weight, bias = embedding.weight, getattr(embedding, "bias", None)
+    if torch.is_autocast_enabled(weight.device.type):
+        weight = weight.to(torch.get_autocast_dtype(weight.device.type))
+    cap = getattr(config, "final_logit_softcapping", None)
+    factor = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+
+    def head(hidden: Tensor) -> Tensor:
+        logits = nn.functional.linear(hidden, weight, bias)
+        logits = logits * factor if factor != 1 else logits
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    return head
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel, ids: Tensor) -> None:
+    """`head_of` must give the model's own logits, or the objective would be another model's.
+
+    Raises:
+        UserError: it does not.
+    """
+    want = model(input_ids=ids, use_cache=False).logits.float()
+    got = head_of(model)(final_hidden(model, {"input_ids": ids, "use_cache": False})).float()
+    error = float((got - want).abs().max() / want.abs().max().clamp_min(1e-6))
+    if not error < 1e-2:
+        raise UserError(f"{type(model).__name__} changes its logits after the output embedding in a way that is not known here.")

@@ -1,0 +1,133 @@
+"""The one training loop: every stage is data for it."""
+
+import json
+import logging
+import math
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from distill.checkpoint import Progress, load_stage, load_step, save_stage, save_step
+from distill.data import Mixture
+from distill.stages import NAMES, Stage, StepResult, replaced_layers
+from replace.config import Config
+from replace.errors import UserError
+from replace.logger import Logger
+from replace.precision import autocast, dtype_of
+
+logger = logging.getLogger(__name__)
+
+LOG_EVERY = 5
+"""Steps between two lines of train.jsonl."""
+
+
+def learning_rate(step: int, steps: int, warmup: float) -> float:
+    """The factor on all learning rates: linear warmup over a share of the steps, then a cosine to a tenth."""
+    rise = max(1, round(steps * warmup))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def counts(model: nn.Module) -> tuple[int, int]:
+    """Clamped and non-finite memory updates so far, over all replaced layers."""
+    mixers = [layer.mixer for layer in replaced_layers(model).values()]
+    return tuple(sum(int(getattr(mixer, name, 0)) for mixer in mixers) for name in ("clamped", "nonfinite"))  # type: ignore[return-value]
+
+
+def train(model: nn.Module, stage: Stage, mixture: Mixture, config: Config, run_dir: Path, log: Logger) -> dict:
+    """Run one stage, or what is left of it.
+
+    Returns:
+        the phase's "training" figures.
+
+    Raises:
+        UserError: `stage.max_skipped` steps in a row had a non-finite loss or gradient.
+    """
+    options, folder = config.stage, run_dir / "checkpoints" / f"stage{stage.number}"
+    finished = load_stage(folder, model)
+    if finished is not None:
+        logger.info("stage %d is finished already and is taken from its checkpoint", stage.number)
+        return finished["training"]
+    device = next(model.parameters()).device
+    optimizer = torch.optim.AdamW(stage.groups, betas=(0.9, 0.99))
+    base = [group["lr"] for group in optimizer.param_groups]
+    # Half precision's range is too small for gradients as they are; bf16 and fp32 need no scaling.
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype_of(config.precision, device) == torch.float16)
+    steps, progress = mixture.steps, load_step(folder, stage.names, model, optimizer) or Progress(0, {})
+    counters = {"skipped_steps": 0, "clamped": 0, "nonfinite": 0, "tokens": 0} | progress.counters
+    start_counts, carried = counts(model), (counters["clamped"], counters["nonfinite"])
+    skipped_in_row, began, tokens_begun = 0, time.perf_counter(), counters["tokens"]
+    trainable = [p for group in optimizer.param_groups for p in group["params"]]
+    model.train()
+    bar = tqdm(
+        range(progress.step, steps), initial=progress.step, total=steps, desc=f"stage {stage.number}: {NAMES[stage.number]}", leave=False
+    )
+    last: StepResult = {}
+    for step in bar:
+        factor = learning_rate(step, steps, options.warmup)
+        for group, rate in zip(optimizer.param_groups, base, strict=True):
+            group["lr"] = rate * factor
+        parts: list[StepResult] = []
+        for part in range(options.accumulate):
+            batch = mixture.batch(step, options.accumulate, part)
+            batch = type(batch)(batch.input_ids.to(device), batch.answers.to(device), batch.padding)
+            with autocast(config.precision, device):
+                parts.append(stage.step(batch, scaler.get_scale() / options.accumulate))
+            counters["tokens"] += batch.input_ids.numel()
+        last = {key: sum(part[key] for part in parts) / len(parts) for key in parts[0]}
+        scaler.unscale_(optimizer)
+        norm = float(nn.utils.clip_grad_norm_(trainable, options.clip))
+        healthy = math.isfinite(norm) and math.isfinite(last["loss"])
+        if healthy:
+            scaler.step(optimizer)
+            skipped_in_row = 0
+        else:
+            counters["skipped_steps"] += 1
+            skipped_in_row += 1
+            logger.warning("stage %d, step %d: loss %s, gradient norm %s; the step is skipped", stage.number, step, last["loss"], norm)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        now = counts(model)
+        counters["clamped"] = carried[0] + now[0] - start_counts[0]
+        counters["nonfinite"] = carried[1] + now[1] - start_counts[1]
+        if skipped_in_row >= options.max_skipped:
+            raise UserError(
+                f"stage {stage.number} skipped {skipped_in_row} steps in a row for a non-finite loss or gradient; "
+                "lower its learning rates (stage.lr_*) or attention.clamp, or use precision=fp32."
+            )
+        counters.setdefault("loss_first", last["loss"])
+        counters["loss_last"] = last["loss"]
+        bar.set_postfix(loss=f"{last['loss']:.3f}")
+        if step % LOG_EVERY == 0 or step == steps - 1:
+            rate = (counters["tokens"] - tokens_begun) / max(1e-9, time.perf_counter() - began)
+            _log_step(run_dir, log, stage.number, step, last, counters, base[0] * factor, rate)
+        if (step + 1) % options.checkpoint_every == 0 and step + 1 < steps:
+            save_step(folder, stage.names, model, optimizer, Progress(step + 1, dict(counters)))
+    training = dict(counters)
+    save_stage(folder, stage.names, model, {"training": training})
+    return training
+
+
+def _log_step(
+    run_dir: Path, log: Logger, stage: int, step: int, losses: StepResult, counters: dict, rate: float, speed: float
+) -> None:
+    """One line of train.jsonl, and the same to the logger."""
+    line = {
+        "stage": stage,
+        "step": step,
+        "tokens": counters["tokens"],
+        "loss": losses["loss"],
+        "losses": {key: value for key, value in losses.items() if key != "loss"},
+        "lr": rate,
+        "tokens_per_second": round(speed, 1),
+        "skipped": counters["skipped_steps"],
+        "clamped": counters["clamped"],
+        "nonfinite": counters["nonfinite"],
+    }
+    with (run_dir / "train.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    log.log({f"stage{stage}/{key}": value for key, value in line["losses"].items()} | {f"stage{stage}/loss": losses["loss"]}, counters["tokens"])

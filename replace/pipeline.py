@@ -1,0 +1,259 @@
+"""One run, from top to bottom."""
+
+import copy
+import dataclasses
+import hashlib
+import json
+import logging
+import platform
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from distill.checkpoint import load_stage
+from distill.data import Mixture
+from distill.stages import Stage, check_head, language_stage, transfer_stage
+from distill.trainer import train
+from eval.ablation import parts_of
+from eval.layer_outputs import capture
+from eval.measure import Yardstick, conclude, measure, probe_rows, yardstick
+from eval.metrics import FILE, new_metrics, read_metrics, write_metrics
+from eval.report import write_report
+from replace.cache import ReplacedCacheLayer
+from replace.config import AttentionConfig, Config
+from replace.convert import Conversion, SwapSpec, attention_layers, probe_ids, swap
+from replace.corpora import Document, load_documents, provenance_of
+from replace.errors import UserError
+from replace.export import export
+from replace.files import atomic_write
+from replace.loading import Loaded, load_model
+from replace.logger import Logger, open_logger
+from replace.machine import device_of_choice, keep_freed_memory
+from replace.retrieval import retrieval_layers, retrieval_scores
+from replace.validation import selected
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: Config, run_dir: Path) -> dict:
+    """Swap, distil, measure, export; returns the metrics that also stand in `run_dir/metrics.json`.
+
+    A folder that already holds part of this run is continued: finished phases are not repeated.
+    """
+    prepare(config, run_dir)
+    log = open_logger(config, run_dir)
+    loaded = load_model(config.model)
+    model, tokenizer = loaded.model.to(device_of_choice()), loaded.tokenizer
+    documents = load_documents(config.data)
+    _write_provenance(run_dir, config, loaded, documents)
+    metrics = _open_metrics(run_dir, config, loaded, model)
+    using = yardstick(tokenizer, config, documents)
+
+    with phase(metrics, run_dir, "teacher", log) as result:
+        if result is not None:
+            result |= measure(model, tokenizer, config, phase="teacher", final=False, using=using)
+    if using.reference is None:
+        using.reference = capture(model, probe_rows(tokenizer, using))
+
+    conversion = swap(model, choose(config, loaded, documents, run_dir), keep_originals=True)
+    check_head(model, probe_ids(model))
+    metrics["layers"] = [r.layer for r in conversion.replacements]
+    metrics["replaced"] = describe(model, conversion, using)
+    with phase(metrics, run_dir, "swapped", log) as result:
+        if result is not None:
+            result |= measure(model, tokenizer, config, phase="swapped", final=False, using=using)
+
+    todo = [number for number in sorted(config.stages) if getattr(config.budget, f"stage{number}").tokens]
+    adopt(model, config, min(todo, default=1))
+    for number in todo:
+        with phase(metrics, run_dir, f"stage{number}", log) as result:
+            mixture = _mixture(loaded, documents, config, number)
+            training = train(model, _stage(model, config, number), mixture, config, run_dir, log)
+            if result is not None:
+                last = number == todo[-1]
+                result |= measure(model, tokenizer, config, phase=f"stage{number}", final=last, using=using)
+                result["training"] = training
+
+    export(model, tokenizer, run_dir / "model", provenance=json.loads((run_dir / "provenance.json").read_text()))
+    conclude(metrics, parts_of(model))
+    write_metrics(run_dir, metrics)
+    write_report(run_dir)
+    log.finish()
+    logger.info("done: %s", run_dir / "report.md")
+    return metrics
+
+
+def prepare(config: Config, run_dir: Path) -> None:
+    """Seeds, threads and the config as composed, before anything is loaded."""
+    keep_freed_memory()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    random.seed(config.seed)
+    torch.manual_seed(config.seed)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if not (run_dir / "config.json").exists():
+        atomic_write(run_dir / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
+
+
+@contextmanager
+def phase(metrics: dict, run_dir: Path, name: str, log: Logger) -> Iterator[dict | None]:
+    """Yield the dict to fill for a phase, or None if an earlier try of this run has measured it; keep it when the block ends."""
+    if name in metrics["phases"]:
+        logger.info("%s was measured already", name)
+        yield None
+        return
+    began = time.perf_counter()
+    result: dict = {}
+    yield result
+    metrics["phases"][name] = result
+    metrics["wall_seconds"][name] = round(time.perf_counter() - began, 1)
+    write_metrics(run_dir, metrics)
+    books = result.get("perplexity", {})
+    log.log({f"{name}/perplexity/{book}": figures["ppl"] for book, figures in books.items()}, step=len(metrics["phases"]))
+    for book, figures in books.items():
+        logger.info("%s: perplexity %.2f on %s", name, figures["ppl"], book)
+
+
+def choose(config: Config, loaded: Loaded, documents: list[Document], run_dir: Path) -> SwapSpec:
+    """Which layer gets what: `attention` for the selected ones, `layers.rest` for the others."""
+    indices = [module.layer_idx for _, module in attention_layers(loaded.model)]
+    chosen = selected(config.layers, len(indices))
+    if chosen is None:
+        path = run_dir / "retrieval.json"
+        if not path.exists():
+            scores = retrieval_scores(loaded.model, loaded.tokenizer, documents)
+            atomic_write(path, json.dumps(scores, indent=1))
+        scores = {int(i): score for i, score in json.loads(path.read_text()).items()}
+        chosen = retrieval_layers(scores, config.layers.k)
+    spec = {i: config.attention for i in chosen}
+    if config.layers.rest != "keep":
+        rest: AttentionConfig = copy.copy(config.attention)
+        rest.name = config.layers.rest
+        spec |= {i: rest for i in indices if i not in spec}
+    return SwapSpec(dict(sorted(spec.items())))
+
+
+def adopt(model: nn.Module, config: Config, first: int) -> None:
+    """Take over the stages before `first` from the run that `from=` names.
+
+    Raises:
+        UserError: that run has not finished one of them.
+    """
+    if config.source is None:
+        return
+    for number in range(1, first):
+        folder = Path(config.source).expanduser() / "checkpoints" / f"stage{number}"
+        if load_stage(folder, model) is None:
+            raise UserError(f"from={config.source!r} is not possible; allowed: a run that has finished stage {number}.")
+        logger.info("stage %d is taken from %s", number, config.source)
+
+
+def describe(model: PreTrainedModel, conversion: Conversion, using: Yardstick) -> list[dict]:
+    """The replaced layers for the report: classes, parameters, state bytes, and how the old layer's output was distributed."""
+    cache = DynamicCache(config=model.config)
+    training = model.training
+    with torch.no_grad():
+        model.eval()(input_ids=probe_ids(model, 2), past_key_values=cache, use_cache=True)
+    model.train(training)
+    outputs = using.reference.outputs if using.reference is not None else []
+    rows = []
+    for place, replacement in enumerate(conversion.replacements):
+        slot = cache.layers[replacement.layer]
+        row = dataclasses.asdict(replacement)
+        if isinstance(slot, ReplacedCacheLayer) and slot.state is not None:
+            row["state_bytes"] = sum(x.numel() * x.element_size() for x in slot.state.tensors().values())
+        if outputs:
+            order = [m.layer_idx for _, m in attention_layers(model)]
+            row["output"] = distribution(outputs[order.index(conversion.replacements[place].layer)])
+        rows.append(row)
+    return rows
+
+
+def distribution(x: Tensor) -> dict[str, float]:
+    """Mean, standard deviation, extremes and the share of values beyond fp16's range."""
+    return {
+        "mean": float(x.mean()),
+        "std": float(x.std()),
+        "min": float(x.min()),
+        "max": float(x.max()),
+        "beyond_fp16": float((x.abs() > torch.finfo(torch.float16).max).float().mean()),
+    }
+
+
+def _stage(model: PreTrainedModel, config: Config, number: int) -> Stage:
+    """The stage as data; stage 3 changes what the teacher shares with the student, so it gets a second model."""
+    if number == 1:
+        return transfer_stage(model, config)
+    if number == 2 or config.stage.objective == "ce":
+        return language_stage(model, config, number)
+    logger.info("stage 3: the teacher is a second copy of the model (%d MiB)", _mebibytes(model))
+    teacher = load_model(config.model).model.to(model.device).eval().requires_grad_(False)
+    return language_stage(model, config, number, teacher)
+
+
+def _mixture(loaded: Loaded, documents: list[Document], config: Config, number: int) -> Mixture:
+    """The rows of one stage."""
+    share = config.data.recall_transfer if number == 1 else config.data.recall
+    budget = getattr(config.budget, f"stage{number}")
+    return Mixture(loaded.tokenizer, documents, config, budget, stage=number, share=share)
+
+
+def _mebibytes(model: nn.Module) -> int:
+    """Size of the parameters."""
+    return sum(p.numel() * p.element_size() for p in model.parameters()) >> 20
+
+
+def _open_metrics(run_dir: Path, config: Config, loaded: Loaded, model: PreTrainedModel) -> dict:
+    """The metrics of an earlier try, or new ones."""
+    if (run_dir / FILE).exists():
+        return read_metrics(run_dir)
+    return new_metrics(
+        model=str(loaded.provenance.get("model", config.model.kind)),
+        attention=config.experiment or config.attention.name,
+        layers=[],
+        seed=config.seed,
+        device=str(model.device),
+    )
+
+
+def _write_provenance(run_dir: Path, config: Config, loaded: Loaded, documents: list[Document]) -> None:
+    """Versions, commit, command, data and model, so that every figure can be traced."""
+    if (run_dir / "provenance.json").exists():
+        return
+    packages = ("torch", "transformers", "accelerate", "peft", "hydra-core", "numpy", "lm-eval", "layer-replace")
+    about = {
+        "command": " ".join(["python", "-m", "replace", *sys.argv[1:]]),
+        "seed": config.seed,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "device": str(loaded.model.device),
+        "threads": torch.get_num_threads(),
+        "versions": {name: metadata.version(name) for name in packages},
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain")),
+        "config_sha256": hashlib.sha256((run_dir / "config.json").read_bytes()).hexdigest(),
+        "model": loaded.provenance,
+        "data": provenance_of(documents),
+    }
+    atomic_write(run_dir / "provenance.json", json.dumps(about, indent=1))
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says of the project's folder; None where there is no git or no repository."""
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
