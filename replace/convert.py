@@ -124,20 +124,24 @@ def swap(model: PreTrainedModel, spec: SwapSpec, *, keep_originals: bool = False
     """
     layers = attention_layers(model)
     by_index = {module.layer_idx: (path, module) for path, module in layers}
+    if not spec.layers:
+        raise UserError("layers={} names no layer to replace; allowed: at least one decoder layer.")
+    if getattr(model, "layer_replace", None) is not None:
+        raise UserError("this model is already swapped; call restore(model) before another swap.")
     for index in spec.layers:
         if index not in by_index:
             raise UserError(f"layers={index} is not possible; allowed: {min(by_index)} to {max(by_index)} for this model.")
-        if isinstance(by_index[index][1], ReplacedAttention):
-            raise UserError(f"layer {index} is already replaced; call restore(model) before another swap.")
     if guard:
         spec.rotary = _probe(model, [by_index[i][1] for i in spec.layers])
         _identity_guard(model, {i: by_index[i] for i in spec.layers})
-    originals, replacements = {}, []
+    made = {}  # all of them before the first layer changes, because an option may be refused
     for index, options in sorted(spec.layers.items()):
-        path, module = by_index[index]
-        reference = next(module.parameters())
+        module = by_index[index][1]
         mixer = VARIANTS.get(options.name)(options, heads_of(module), spec.rotary.get(index))
-        mixer.to(device=reference.device)
+        made[index] = mixer.to(device=next(module.parameters()).device)
+    originals, replacements = {}, []
+    for index, mixer in made.items():
+        path, module = by_index[index]
         if keep_originals:
             original = copy.deepcopy(module)
             originals[index] = original.requires_grad_(False)
@@ -146,7 +150,8 @@ def swap(model: PreTrainedModel, spec: SwapSpec, *, keep_originals: bool = False
         new = sum(p.numel() for p in mixer.parameters())
         replacements.append(
             Replacement(
-                index, path, old_class, type(module).__name__, options.name, old_parameters + new, new
+                *(index, path, old_class, type(module).__name__, spec.layers[index].name),
+                *(old_parameters + new, new),
             )
         )
     conversion = Conversion(spec, replacements, originals)
@@ -168,12 +173,21 @@ def restore(model: PreTrainedModel) -> None:
         index = module.layer_idx
         parent, name = parent_of(model, path)
         if index in conversion.originals:
-            setattr(parent, name, conversion.originals[index])
+            original = _beside(module, conversion.originals[index]).train(module.training)
+            setattr(parent, name, original.requires_grad_(True))
         else:
             module.__class__ = type(module).__mro__[2]
             module.config = model.config.get_text_config(decoder=True)
             del module.mixer
     del model.layer_replace
+
+
+def _beside(module: nn.Module, original: nn.Module) -> nn.Module:
+    """The kept original, on the device and in the dtype of the layer that replaced it: it does not move with the model."""
+    here, there = next(module.parameters()), next(original.parameters())
+    if (here.device, here.dtype) != (there.device, there.dtype):
+        original.to(here.device, here.dtype)
+    return original
 
 
 @contextmanager
@@ -192,7 +206,7 @@ def teacher_attention(model: PreTrainedModel) -> Iterator[None]:
             places.append((*parent_of(model, path), module))
     try:
         for parent, name, module in places:
-            setattr(parent, name, conversion.originals[module.layer_idx])
+            setattr(parent, name, _beside(module, conversion.originals[module.layer_idx]))
         yield
     finally:
         for parent, name, module in places:

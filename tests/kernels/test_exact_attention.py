@@ -7,7 +7,9 @@ from kernels.exact_attention.chunk import exact_attention, exact_attention_with_
 from kernels.exact_attention.reference import exact_keys, softmax_read
 
 
-def inputs(batch: int = 2, groups: int = 2, blocks: int = 3, queries: int = 4, keys: int = 7, width: int = 5) -> tuple:
+def inputs(
+    batch: int = 2, groups: int = 2, blocks: int = 3, queries: int = 4, keys: int = 7, width: int = 5
+) -> tuple:
     """q, k, v in fp64 (value width apart from key width) and a mask in which every query sees its own key."""
     torch.manual_seed(0)
     shape = (batch, groups, blocks)

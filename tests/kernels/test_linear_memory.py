@@ -9,7 +9,9 @@ from kernels.linear_memory.reference import delta_bounded, linear_memory
 WRITES = [write_linear, write_delta_bounded]
 
 
-def tokens(blocks: int, size: int, features: int = 4, width: int = 3, batch: int = 2, groups: int = 2) -> tuple:
+def tokens(
+    blocks: int, size: int, features: int = 4, width: int = 3, batch: int = 2, groups: int = 2
+) -> tuple:
     """phi_k > 0, v and weights in fp64, a third of the weights 0."""
     generator = torch.Generator().manual_seed(blocks * 100 + size)
     shape = (batch, groups, blocks, size)
@@ -36,7 +38,9 @@ def close(got: torch.Tensor, want: torch.Tensor, limit: float = 1e-10) -> None:
     assert float(error) <= limit, f"relative RMS error {float(error):.1e} above {limit:.0e}"
 
 
-@pytest.mark.parametrize(("length", "block", "lookback"), [(1, 4, 0), (15, 4, 1), (16, 4, 0), (17, 4, 2), (13, 1, 3), (7, 16, 0)])
+@pytest.mark.parametrize(
+    ("length", "block", "lookback"), [(1, 4, 0), (15, 4, 1), (16, 4, 0), (17, 4, 2), (13, 1, 3), (7, 16, 0)]
+)
 def test_chunks_equal_the_reference(length: int, block: int, lookback: int) -> None:
     torch.manual_seed(length)
     groups, repeat, features, width = 2, 2, 5, 3
@@ -51,7 +55,9 @@ def test_chunks_equal_the_reference(length: int, block: int, lookback: int) -> N
         fill = x.new_zeros(x.shape[0], blocks * block - length, *x.shape[2:])
         return torch.cat([x, fill], 1).transpose(1, 2).unflatten(2, (blocks, block))
 
-    states, clamped = write_linear(arranged(phi_k), arranged(v), arranged(weight), empty(arranged(phi_k), v), 1e4)
+    states, clamped = write_linear(
+        arranged(phi_k), arranged(v), arranged(weight), empty(arranged(phi_k), v), 1e4
+    )
     assert int(clamped.sum()) == 0
     last = entry(states, blocks)
     close(last.M * last.n[..., None, None], M)
@@ -112,7 +118,9 @@ def test_a_block_without_tokens_changes_nothing(write) -> None:
     weight[:, :, 1] = 0
     states, _ = write(phi, v, weight, empty(phi, v), 1e4)
     for name in ("M", "z", "n"):
-        torch.testing.assert_close(getattr(states, name)[:, :, 2], getattr(states, name)[:, :, 1], rtol=1e-12, atol=0)
+        torch.testing.assert_close(
+            getattr(states, name)[:, :, 2], getattr(states, name)[:, :, 1], rtol=1e-12, atol=0
+        )
 
 
 @pytest.mark.parametrize("write", WRITES)
@@ -136,7 +144,9 @@ def test_a_limited_update_is_counted_and_keeps_its_direction(write) -> None:
 
 def test_running_mean_is_the_papers_sum_over_many_blocks() -> None:
     phi, v, weight = tokens(2000, 2, batch=1, groups=1)
-    states, _ = write_linear(phi.float(), v.float(), weight.float(), Memory.empty(1, 1, 4, 3, phi.device), 1e4)
+    states, _ = write_linear(
+        phi.float(), v.float(), weight.float(), Memory.empty(1, 1, 4, 3, phi.device), 1e4
+    )
     M = torch.einsum("bgnsf,bgnsd->bgfd", phi * weight.unsqueeze(-1), v)
     z = (phi * weight.unsqueeze(-1)).sum((2, 3))
     last = entry(states, 2000)

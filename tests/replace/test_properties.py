@@ -191,8 +191,12 @@ def oracle(
     if hasattr(mixer, "map_q"):
         angle = [rotated if options.rotary else (lambda x, _: x)][0]
         scale = scaling**0.5
-        phi_q = mixer.map_q(scale * torch.stack([angle(q[..., t, :].reshape(-1, 8).T, t).T for t in range(length)], 1)[None])
-        phi_k = mixer.map_k(scale * torch.stack([angle(k[..., t, :].reshape(-1, 8).T, t).T for t in range(length)], 1)[None])
+        phi_q = mixer.map_q(
+            scale * torch.stack([angle(q[..., t, :].reshape(-1, 8).T, t).T for t in range(length)], 1)[None]
+        )
+        phi_k = mixer.map_k(
+            scale * torch.stack([angle(k[..., t, :].reshape(-1, 8).T, t).T for t in range(length)], 1)[None]
+        )
         weight = torch.ones(1, HEADS.key_value, length).double()
         if mixer.write_gate is not None:
             weight = mixer.write_gate(hidden)
@@ -222,7 +226,9 @@ def oracle(
             if options.name == "infini" and left > 0 and stored:
                 answer = reads[0, t, h]
                 if options.update == "delta_bounded":
-                    M, z, _ = delta_bounded(*(x[0, g, :left].unflatten(0, (-1, size)) for x in (phi_k, v, weight)))
+                    M, z, _ = delta_bounded(
+                        *(x[0, g, :left].unflatten(0, (-1, size)) for x in (phi_k, v, weight))
+                    )
                     answer = phi_q[0, h, t] @ M / (phi_q[0, h, t] @ z)
                 gate = mixer.gate(hidden)[0, h, t]
                 local = gate * answer + (1 - gate) * local
@@ -276,7 +282,9 @@ def test_4_gradients_are_the_same_in_pieces(name: str) -> None:
 @pytest.mark.parametrize("name", ["window-pairs", "infini", "infini-token", "linear", "linear-plain"])
 def test_4_gradcheck(name: str) -> None:
     small = Heads(2, 1, 2, 3)
-    options = options_of(name, block=2, window=2, sinks=1, pairs=min(1, options_of(name).pairs), distance_cap=None)
+    options = options_of(
+        name, block=2, window=2, sinks=1, pairs=min(1, options_of(name).pairs), distance_cap=None
+    )
     mixer = VARIANTS.get(options.name)(options, small, None).double()
     scatter(mixer)
     tensors = [x.requires_grad_() for x in inputs(9, heads=small)]
@@ -394,7 +402,9 @@ def test_14_gates_and_maps_learn_from_the_start(name: str, gate_init: float) -> 
     mixer = VARIANTS.get(options.name)(options, HEADS, ROTARY)
     q, k, v, hidden = (x.float() for x in inputs(40))
     attend(mixer, q, k, v, hidden).square().sum().backward()
-    silent = [n for n, p in mixer.named_parameters() if not n.startswith("score.") and not p.grad.abs().sum() > 0]
+    silent = [
+        n for n, p in mixer.named_parameters() if not n.startswith("score.") and not p.grad.abs().sum() > 0
+    ]
     assert not silent
 
 
@@ -523,7 +533,9 @@ def test_3_a_row_alone_is_the_row_in_a_batch(name: str) -> None:
 
 
 @EVERY
-@pytest.mark.parametrize("cuts", [[1] * 12 + [28], [28] + [1] * 12, [3, 5, 16, 16]], ids=["decode", "prefill", "chunks"])
+@pytest.mark.parametrize(
+    "cuts", [[1] * 12 + [28], [28] + [1] * 12, [3, 5, 16, 16]], ids=["decode", "prefill", "chunks"]
+)
 @torch.no_grad()
 def test_5_any_split_is_the_full_forward(name: str, cuts: list[int]) -> None:
     model, ids = student(name), text(2, 40)
@@ -618,7 +630,13 @@ def test_7_padding_on_continued_forwards(name: str) -> None:
     lengths = [0, 0]
     seen_mask = torch.zeros(2, 0, dtype=torch.long)
     # Per call: how many real tokens each row gets, and on which side its pads lie.
-    for (first, second), side in (((9, 13), "left"), ((7, 2), "right"), ((1, 1), "left"), ((0, 5), "left"), ((23, 19), "left")):
+    for (first, second), side in (
+        ((9, 13), "left"),
+        ((7, 2), "right"),
+        ((1, 1), "left"),
+        ((0, 5), "left"),
+        ((23, 19), "left"),
+    ):
         width = max(first, second)
         piece = torch.full((2, width), PAD)
         mask = torch.zeros(2, width, dtype=torch.long)
@@ -695,7 +713,9 @@ def test_17_a_cache_goes_on_with_the_last_document(name: str) -> None:
     positions = torch.cat([torch.arange(19), torch.arange(22)])[None]
     cache = DynamicCache(config=model.config)
     model(packed, position_ids=positions, past_key_values=cache, use_cache=True)
-    got = model(ids[1:, 22:], position_ids=torch.arange(22, 40)[None], past_key_values=cache, use_cache=True).logits
+    got = model(
+        ids[1:, 22:], position_ids=torch.arange(22, 40)[None], past_key_values=cache, use_cache=True
+    ).logits
     close(got, logits(model, ids[1:])[:, 22:])
 
 
