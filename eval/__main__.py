@@ -11,9 +11,9 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 
 import replace
 from eval.ablation import parts_of
@@ -172,7 +172,7 @@ def _folder(options: dict[str, str], default: Path) -> Path:
     return folder
 
 
-def _moved(model: nn.Module) -> nn.Module:
+def _moved(model: Any) -> Any:
     """The model on the GPU, where there is one."""
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -125,7 +125,7 @@ def measure(
                 with _timed(seconds, phase, "perplexity"):
                     result["perplexity"] = _perplexities(model, tokenizer, config, using)
             if plan.probes:
-                with _timed(seconds, phase, "probes"):
+                with _timed(seconds, phase, "probes"), _plain(model):
                     result["probes"] = probe(model, tokenizer)
             if phase == "teacher":
                 using.reference = capture(model, probe_rows(tokenizer, using))
@@ -146,10 +146,9 @@ def measure(
                     result["generation"] = generated(model, tokenizer, drawn)
             if plan.state_lengths or plan.decode_lengths:
                 with _timed(seconds, phase, "speed"):
-                    result["speed"] = {
-                        "state": kept_bytes(model, list(plan.state_lengths)),
-                        "decode": decode_speed(model, list(plan.decode_lengths)),
-                    }
+                    result["speed"] = {"state": kept_bytes(model, list(plan.state_lengths))}
+                    with _plain(model):
+                        result["speed"]["decode"] = decode_speed(model, list(plan.decode_lengths))
     finally:
         model.train(training)
     result["seconds"] = seconds
@@ -221,6 +220,11 @@ def probe_rows(tokenizer, using: Yardstick) -> torch.Tensor:
     """The beginning of the first held-out text, [1, T]."""
     ids, _ = tokenise(tokenizer, next(iter(using.books.values())), PROBE_TOKENS)
     return torch.tensor([ids])
+
+
+def _plain(model) -> torch.autocast:
+    """No autocast: it would convert every weight anew for each single token that is decoded."""
+    return torch.autocast(model.device.type, enabled=False)
 
 
 def _batch(model) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")  # before pyplot: no window, also where there is a screen
 
@@ -172,8 +173,7 @@ def perplexity_by_phase(phases: dict) -> Figure:
                     range(len(buckets)), [f"{bucket['from']:,}–\n{bucket['to']:,}" for bucket in buckets]
                 )
         row[1].set_title(f"{corpus}, by position in the window")
-        lines = [value for line in row[1].get_lines() for value in line.get_ydata()]
-        _scale(row[1], lines)
+        _scale(row[1], [value for line in row[1].get_lines() for value in np.asarray(line.get_ydata())])
     axes[0][1].legend(frameon=False)
     axes[-1][1].set_xlabel("tokens before the predicted one")
     return figure

@@ -23,7 +23,7 @@ PROBES = (
 )
 
 
-def probe(model, tokenizer, *, tokens: int = 16, probes: tuple[Probe, ...] = PROBES) -> list[dict]:
+def probe(model, tokenizer, *, tokens: int = 12, probes: tuple[Probe, ...] = PROBES) -> list[dict]:
     """Greedy continuations of `tokens` tokens, through the model's own `generate` and cache.
 
     Returns:
