@@ -172,25 +172,22 @@ def _perplexities(model, tokenizer, config: Config, using: Yardstick) -> dict[st
     }
 
 
-def _recalls(model, grids: Sequence[Grid], using: Yardstick, label: str = "recall") -> dict[str, dict]:
+def _recalls(model, grids: Sequence[Grid], using: Yardstick, ablation: str = "") -> dict[str, dict]:
     """{"passkey": ..., "niah": ...}: pass keys in phrasings as in the training, and everything else."""
     results: dict[str, dict] = {}
     for grid in grids:
-        for task in ("passkey", "niah"):
-            cells = [
-                cell
-                for cell in grid.cells
-                if (task == "passkey") == (cell.kind == "passkey" and cell.phrasing == "train")
-            ]
+        trained = [cell for cell in grid.cells if cell.kind == "passkey" and cell.phrasing == "train"]
+        others = [cell for cell in grid.cells if cell not in trained]
+        for task, cells in (("passkey", trained), ("niah", others)):
             if cells:
                 found = recall_grid(
                     model,
                     cells,
                     using.make,
-                    episodes=grid.episodes,
+                    episodes=grid.episodes_of(ablation) if ablation else grid.episodes,
                     seed=SEED,
                     batch=_batch(model),
-                    label=label,
+                    label=ablation.replace("_", " ") or "recall",
                 )
                 joined = results.setdefault(task, {"cells": [], "means": []})
                 joined["cells"] += found["cells"]
@@ -209,7 +206,7 @@ def _ablations(
         if not grids and not with_perplexity:
             continue
         with _timed(seconds, phase, name), ablate(model, **parts):
-            twin = _recalls(model, grids, using, label=name.replace("_", " "))
+            twin = _recalls(model, grids, using, ablation=name)
             if with_perplexity:
                 twin["perplexity"] = _perplexities(model, tokenizer, config, using)
         twins[name] = twin

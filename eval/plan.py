@@ -20,10 +20,11 @@ DISTRACTOR_EVERY = 128
 MOST_DISTRACTORS = 32
 SETS = ("quick", "perplexity", "recall", "probes")
 """Named sets of measurements: everything, or one kind of it."""
+COMBINED = "memory_and_pairs_off"
 ABLATIONS = {
     "memory_off": {"memory": True},
     "pairs_off": {"pairs": True},
-    "memory_and_pairs_off": {"memory": True, "pairs": True},
+    COMBINED: {"memory": True, "pairs": True},
 }
 NOT_MEASURED = {
     "window_off": "not part of this plan",
@@ -36,11 +37,20 @@ NOT_MEASURED = {
 
 @dataclass(frozen=True)
 class Grid:
-    """Cells of one length, the episodes of each, and the ablations run on the very same episodes."""
+    """Cells of one length, the episodes of each, and the ablations run on the very same episodes.
+
+    `alone` is how many of them are run with one part of two switched off; by default all.
+    """
 
     cells: tuple[Cell, ...]
     episodes: int
     ablations: tuple[str, ...] = ()
+    alone: int | None = None
+
+    def episodes_of(self, ablation: str) -> int:
+        """Episodes a cell for an ablation: the first ones, so that they pair."""
+        whole = self.alone is None or ablation == COMBINED
+        return self.episodes if whole else min(self.episodes, self.alone or 0)
 
 
 @dataclass(frozen=True)
@@ -65,7 +75,7 @@ def plan_for(budget: EvalBudget, parts: dict[str, int], *, phase: str, final: bo
         final: the last phase of a run.
     """
     present = [part for part in ("memory", "pairs") if parts.get(part)]
-    combined = ("memory_and_pairs_off",) if present else ()
+    combined = (COMBINED,) if present else ()
     each = tuple(f"{part}_off" for part in present) if len(present) == 2 else ()
     lengths = budget.final_lengths if final else budget.phase_lengths
     last_or_teacher = final or phase == "teacher"
@@ -78,7 +88,9 @@ def plan_for(budget: EvalBudget, parts: dict[str, int], *, phase: str, final: bo
             for depth in DEPTHS
         )
         spread = max(1, math.ceil(budget.episodes * len(DEPTHS) / len(cells)))
-        grids.append(Grid(cells, spread, combined + (each if final else ())))
+        # Long texts cost most, and there a part alone need not be known as precisely as at the first length.
+        alone = None if length == min(lengths) else math.ceil(spread / 2)
+        grids.append(Grid(cells, spread, combined + (each if final else ()), alone))
     if last_or_teacher:
         length = min(budget.phase_lengths, default=min(lengths))
         distractors = min(MOST_DISTRACTORS, max(1, length // DISTRACTOR_EVERY))

@@ -222,6 +222,12 @@ def test_plans_cost_what_they_say():
     assert sum(len(grid.cells) * grid.episodes for grid in between.grids) == 24
     assert {grid.ablations for grid in between.grids} == {("memory_and_pairs_off",)}
     final = plan_for(budget, both, phase="stage3", final=True)
+    long = final.grids[1]
+    assert [long.episodes_of(name) for name in ("memory_off", "pairs_off", "memory_and_pairs_off")] == [
+        1,
+        1,
+        2,
+    ]
     assert {cell.length for grid in final.grids for cell in grid.cells} == {1024, 4096}
     assert plan_for(budget, {"pairs": 30}, phase="stage3", final=True).perplexity_ablations == (
         "memory_and_pairs_off",
