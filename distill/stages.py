@@ -101,6 +101,13 @@ def transfer_stage(model: PreTrainedModel, config: Config) -> Stage:
     originals = conversion_of(model).originals
     last = max(layers)
     decoder = model.get_decoder()
+    # A layer with nothing new but a score (its projections frozen) has no use for a backward.
+    learning = {
+        index
+        for index, layer in layers.items()
+        if any(p.requires_grad for n, p in layer.named_parameters() if kind_of(n) != "score")
+    }
+    scored = sum(bool(getattr(layer.mixer, "learns_score", False)) for layer in layers.values())
 
     def step(batch: Batch, scale: float) -> StepResult:
         raw: dict[int, float] = {}
@@ -118,20 +125,21 @@ def transfer_stage(model: PreTrainedModel, config: Config) -> Stage:
             layer, target = layers[index], output[0].detach()
             given = {k: v.detach() if isinstance(v, Tensor) else v for k, v in kwargs.items()}
             with torch.enable_grad():
-                answer = layer(**given)[0]
-                loss, unscaled = transfer_loss(stage.transfer_loss, answer, target, batch.padding)
-                total = loss
+                total = torch.zeros((), device=target.device)
+                if index in learning:
+                    answer = layer(**given)[0]
+                    total, unscaled = transfer_loss(stage.transfer_loss, answer, target, batch.padding)
+                    losses["transfer"] += float(total.detach()) / len(learning)
+                    raw[index] = float(unscaled)
                 if index in later:
                     mixer = layer.mixer
                     with torch.autocast(target.device.type, enabled=False):
                         score = mixer.score(given["hidden_states"], None, None)
                     taught = score_loss(score, later.pop(index), mixer.options.pairs, mixer.options.sinks)
-                    losses["score"] += float(taught.detach()) / len(layers)
+                    losses["score"] += float(taught.detach()) / scored
                     total = total + taught
                 if total.requires_grad:
                     (total * scale / len(layers)).backward()
-            losses["transfer"] += float(loss.detach()) / len(layers)
-            raw[index] = float(unscaled)
             if index == last:
                 raise Stop
 

@@ -5,6 +5,7 @@ that names our attention function. So old parameters keep their names, and masks
 """
 
 import copy
+import zlib
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,9 @@ from replace.layout import documents_of
 from replace.mixer import Call, Heads
 from replace.rotary import family_rotation, unrotate
 
-IMPLEMENTATION = "layer_replace"
-"""The name under which transformers' attention interface knows our function."""
+IMPLEMENTATION = f"layer_replace_{zlib.crc32(__name__.encode()):08x}"
+"""The name under which transformers' attention interface knows our function: another one in each copy of this file, because an
+export that is loaded beside the project brings its own."""
 
 CACHE_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value")
 """What families call their cache."""

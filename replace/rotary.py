@@ -127,7 +127,8 @@ class Rotary(nn.Module):
         key = (positions.device, dtype)
         cached = self.__dict__.setdefault("_cached", {})
         if key not in cached:
-            cached[key] = self.tables(torch.arange(self.table, device=positions.device), dtype)
+            with torch.inference_mode(False):  # else a later backward could not use them
+                cached[key] = self.tables(torch.arange(self.table, device=positions.device), dtype)
         cos, sin = cached[key]
         embed = torch.nn.functional.embedding
         return embed(positions, cos), embed(positions, sin)

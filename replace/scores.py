@@ -1,9 +1,17 @@
 """Which pairs to retain: one number per token and key-value head; the highest stay.
 
-A score is final when it is made and depends on nothing later than its token, so that it cannot leak the future.
+A score is final when the token's block leaves the window and depends on nothing later, so that it cannot leak the future. What a
+score is given is said by `needs`:
+
+- `token`: forward(hidden `[B, T, C]`, key, value `[B, G, T, D]`) -> `[B, G, T]`;
+- `position`: forward(positions `[Q, W]` int64) -> `[Q, G, W]`;
+- `window`: forward(weights `[Q, G, N, R, S, P]`, how the R S queries of each block attend to the P slots of its window) ->
+  `[Q, G, N, P]`, summed over the blocks that see a slot;
+- `memory`: forward(value, answer, both `[Q, G, N, S, D]`, the leaving values and what the memory of all older tokens answers to
+  their keys) -> `[Q, G, N, S]`.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,20 +22,46 @@ from replace.registry import Registry
 if TYPE_CHECKING:
     from replace.mixer import Heads
 
-SCORES: Registry[type[nn.Module]] = Registry("attention.pairs_score")
+SCORES: Registry[type["Score"]] = Registry("attention.pairs_score")
 
 
-@SCORES.register("learned")
-class LearnedScore(nn.Module):
-    """One linear map of the attention layer's input per layer, taught by the teacher's later attention (stage 1).
+class Score(nn.Module):
+    """The base of all scores.
 
-    At the start all scores are 0, so the earliest tokens are kept.
+    Attributes:
+        needs: see the module.
+        grid: scores are rounded to 1 / grid. Equal tokens have equal scores up to rounding noise, which would otherwise decide,
+            differently in each cut of the same text, which of them is kept; on a grid they tie, and the earlier one stays.
     """
+
+    needs: ClassVar[str] = "token"
+    grid: ClassVar[int] = 1024
 
     def __init__(self, heads: "Heads") -> None:
         super().__init__()
+        self.groups = heads.key_value
+
+    def final(self, score: Tensor) -> Tensor:
+        """On the grid, and finite: a score that overflowed is the lowest, or its pair would be in no place at all."""
+        lowest = torch.finfo(score.dtype).min
+        return ((score * self.grid).round() / self.grid).nan_to_num(lowest, lowest, lowest)
+
+
+PRIOR = -2.7
+"""The logit of 6 %, the share of tokens that are worth retaining: from 0 the map spends its first hundred rows on learning it."""
+
+
+@SCORES.register("learned")
+class LearnedScore(Score):
+    """One linear map of the attention layer's input per layer, taught by the teacher's later attention (stage 1).
+
+    At the start all scores are equal, so the earliest tokens are kept.
+    """
+
+    def __init__(self, heads: "Heads") -> None:
+        super().__init__(heads)
         self.weight = nn.Parameter(torch.zeros(heads.key_value, heads.hidden))
-        self.bias = nn.Parameter(torch.zeros(heads.key_value))
+        self.bias = nn.Parameter(torch.full((heads.key_value,), PRIOR))
 
     def forward(self, hidden: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """hidden `[B, T, C]` -> `[B, G, T]` fp32."""
@@ -36,11 +70,8 @@ class LearnedScore(nn.Module):
 
 
 @SCORES.register("key_norm")
-class KeyNormScore(nn.Module):
+class KeyNormScore(Score):
     """The negative norm of the key: keys of small norm attract attention (Devoto et al. 2024). No parameters."""
-
-    def __init__(self, heads: "Heads") -> None:
-        super().__init__()
 
     def forward(self, hidden: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """key `[B, G, T, D]` -> `[B, G, T]` fp32."""
@@ -48,12 +79,39 @@ class KeyNormScore(nn.Module):
 
 
 @SCORES.register("random")
-class RandomScore(nn.Module):
-    """A fixed hash of the token's own key: a baseline that knows nothing, yet the same however the text was cut."""
+class RandomScore(Score):
+    """A fixed hash of position and head: a baseline that knows nothing, yet the same however the text was cut."""
 
-    def __init__(self, heads: "Heads") -> None:
-        super().__init__()
+    needs = "position"
 
-    def forward(self, hidden: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """key `[B, G, T, D]` -> `[B, G, T]` fp32 in [-1, 1]."""
-        return torch.sin(wide(key).sum(-1) * 43758.5453)
+    def forward(self, positions: Tensor) -> Tensor:
+        """positions `[Q, W]` -> `[Q, G, W]` fp32, one of 2^22 levels, all of them on the grid."""
+        head = torch.arange(self.groups, device=positions.device).view(1, -1, 1)
+        x = positions.unsqueeze(1) * 0x9E3779B1 + head * 0x85EBCA77
+        for factor in (0x2C1B3C6D, 0x297A2D39):
+            x = x & 0xFFFFFFFF
+            x = (x ^ (x >> 15)) * factor
+        return ((x >> 10) & 0x3FFFFF).float() / self.grid
+
+
+@SCORES.register("attention")
+class AttentionScore(Score):
+    """The attention that a token receives while it is in the window (Zhang et al. 2023, H2O, for a bounded time)."""
+
+    needs = "window"
+
+    def forward(self, weights: Tensor) -> Tensor:
+        """weights `[Q, G, N, R, S, P]` -> `[Q, G, N, P]`: the largest of the group's heads, summed over the queries."""
+        return weights.amax(3).sum(3)
+
+
+@SCORES.register("self_recall")
+class SelfRecallScore(Score):
+    """How badly the memory answers for a token with its own key (McDermott et al. 2025, LoLA); what it knows need not be kept."""
+
+    needs = "memory"
+    grid = 2**16  # residuals are of the size of values, which may be small throughout
+
+    def forward(self, value: Tensor, answer: Tensor) -> Tensor:
+        """value, answer `[Q, G, N, S, D]` -> `[Q, G, N, S]`: the norm of the residual."""
+        return (value - answer).norm(dim=-1)
