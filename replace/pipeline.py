@@ -34,7 +34,7 @@ from replace.config import AttentionConfig, Config
 from replace.convert import Conversion, SwapSpec, attention_layers, probe_ids, swap
 from replace.corpora import Document, load_documents, provenance_of
 from replace.errors import UserError
-from replace.export import export
+from replace.export.write import export
 from replace.files import atomic_write
 from replace.loading import Loaded, load_model
 from replace.logger import Logger, open_logger
