@@ -6,15 +6,25 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from kernels.linear_memory.chunk import LARGEST, Memory, count_dtype, read, write_delta_bounded, write_linear
+from kernels.linear_memory.chunk import (
+    EMPTY,
+    LARGEST,
+    Memory,
+    count_dtype,
+    read,
+    write_delta_bounded,
+    write_linear,
+)
 from kernels.numerics import wide
 from kernels.retained_pairs.chunk import gather_pool
 from replace.cache import State
 from replace.config import AttentionConfig
+from replace.errors import bad_value
 from replace.feature_maps import FEATURE_MAPS
 from replace.mixer import BlockMixer, Blocks, Call, Heads, grouped
 from replace.registry import Registry
 from replace.rotary import RotarySpec
+from replace.scores import SCORES
 
 UPDATES: Registry = Registry("attention.update")
 UPDATES.register("linear")(write_linear)
@@ -38,9 +48,24 @@ class WriteGate(nn.Module):
 class MemoryMixer(BlockMixer):
     """The exact part plus a memory of all that is older; subclasses say how the two are joined."""
 
+    has_memory = True
+
     holds_retained: ClassVar[bool] = True
     """Whether the memory also holds the retained pairs (a read of its own), or only what was not retained (a shared denominator,
     where each pair must be in exactly one place)."""
+
+    @classmethod
+    def check(cls, options: AttentionConfig) -> None:
+        """As the base does; and where the memory lacks the retained pairs, self recall must be able to add them.
+
+        Raises:
+            UserError: a score by self recall with an update whose order matters.
+        """
+        super().check(options)
+        by_recall = options.pairs and SCORES.get(options.pairs_score).needs == "memory"
+        if by_recall and not cls.holds_retained and options.update != "linear":
+            allowed = f"linear, where attention.pairs_score={options.pairs_score} under a shared denominator"
+            raise bad_value("attention.update", options.update, allowed)
 
     def __init__(self, options: AttentionConfig, heads: Heads, rotary: RotarySpec | None) -> None:
         super().__init__(options, heads, rotary)
@@ -76,19 +101,11 @@ class MemoryMixer(BlockMixer):
             phi(q) M `[Q, G, N, R S, D]`, phi(q).z `[Q, G, N, R S, 1]` and n `[Q, G, N, 1, 1]`.
         """
         assert blocks.weight is not None
-        k, v, weight, positions = self._leaving(blocks)
-        phi_k = self.map_k(self._scaled(k.flatten(2, 3), positions.flatten(2, 3), call)).unflatten(2, k.shape[2:4])
-        v = wide(v)
-        fits = torch.maximum(phi_k.detach().abs().amax(-1), v.detach().abs().amax(-1)) < LARGEST
-        states, clamped = self.write(
-            torch.where(fits.unsqueeze(-1), phi_k, 0),
-            v,
-            torch.where(fits, weight, 0),
-            self._initial(blocks),
-            self.options.clamp,
-        )
+        written = self._leaving(blocks)
+        _, fits, states, clamped = self._write(*written, self._initial(blocks), call)
+        weight = written[2]
         # What is written now but has not left for good is written again by the next call: count it then.
-        final = torch.arange(v.shape[2], device=v.device) < blocks.layout.evicted()[:, None]
+        final = torch.arange(weight.shape[2], device=weight.device) < blocks.layout.evicted()[:, None]
         final = final.unsqueeze(1)
         self.clamped = self.clamped + (clamped & final).sum()
         self.nonfinite = self.nonfinite + (~fits & (weight > 0) & final.unsqueeze(-1)).sum()
@@ -99,15 +116,55 @@ class MemoryMixer(BlockMixer):
         numerator, denominator = read(phi_q, before)
         return numerator, denominator, before.n.to(numerator.dtype).detach()[..., None, None]
 
+    def _write(
+        self, k: Tensor, v: Tensor, weight: Tensor, positions: Tensor, initial: Memory, call: Call
+    ) -> tuple[Tensor, Tensor, Memory, Tensor]:
+        """Write blocks on top of `initial`.
+
+        Args:
+            k, v: `[Q, G, N, S, D]`. weight, positions: `[Q, G, N, S]`.
+
+        Returns:
+            phi(k) `[Q, G, N, S, F]`; `[Q, G, N, S]` bool, False where a token was too large to be written; the state before each
+            block and after the last; `[Q, G, N]` bool, the limited updates.
+        """
+        phi_k = self.map_k(self._scaled(k.flatten(2, 3), positions.flatten(2, 3), call)).unflatten(2, k.shape[2:4])
+        v = wide(v)
+        fits = torch.maximum(phi_k.detach().abs().amax(-1), v.detach().abs().amax(-1)) < LARGEST
+        phi_k, weight = torch.where(fits.unsqueeze(-1), phi_k, 0), torch.where(fits, weight, 0)
+        states, clamped = self.write(phi_k, v, weight, initial, self.options.clamp)
+        return phi_k, fits, states, clamped
+
+    @torch.no_grad()
+    def scores(self, blocks: Blocks, key: Tensor, value: Tensor, call: Call) -> Tensor:
+        """As the base does; a score by self recall asks a memory of all older tokens, the retained ones included."""
+        assert self.score is not None
+        if self.score.needs != "memory":
+            return super().scores(blocks, key, value, call)
+        initial, state = self._initial(blocks), blocks.state
+        if state is not None and not self.holds_retained:
+            assert state.pair_keys is not None
+            assert state.pair_values is not None
+            assert state.pair_weight is not None
+            assert state.pair_score is not None
+            assert state.pair_position is not None
+            weight = torch.where(state.pair_score != -torch.inf, state.pair_weight, 0)
+            pairs = (state.pair_keys, state.pair_values, weight, state.pair_position)
+            held = self._write(*(x.unsqueeze(2) for x in pairs), initial, call)[2]
+            initial = Memory(held.M[:, :, 1], held.z[:, :, 1], held.n[:, :, 1])
+        k, v, weight, positions = self._all_leaving(blocks)
+        phi_k, _, states, _ = self._write(k, v, weight, positions, initial, call)
+        before = Memory(states.M[:, :, :-1], states.z[:, :, :-1], states.n[:, :, :-1])
+        numerator, denominator = read(phi_k, before)
+        answer = torch.where(denominator > EMPTY, numerator / denominator, 0)
+        residual = self.score(wide(v), answer).flatten(2)
+        return torch.nn.functional.pad(residual, (0, blocks.k.shape[2] - residual.shape[2]))
+
     def _leaving(self, blocks: Blocks) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What each block writes: keys and values `[Q, G, N, S, D]`, weights and positions `[Q, G, N, S]`."""
-        assert blocks.weight is not None
-        positions = blocks.layout.positions()[:, None, blocks.leaving].expand(-1, self.heads.key_value, -1)
         if self.holds_retained or blocks.selection is None:
-            weight = self._by_block(blocks.weight[:, :, blocks.leaving])
-            allowed = self.may_leave(blocks) & weight.isfinite()
-            k, v = blocks.k[:, :, blocks.leaving], blocks.v[:, :, blocks.leaving]
-            return self._by_block(k), self._by_block(v), torch.where(allowed, weight, 0), self._by_block(positions)
+            return self._all_leaving(blocks)
+        assert blocks.weight is not None
         assert blocks.pool_k is not None
         assert blocks.pool_v is not None
         past = None if blocks.state is None else blocks.state.pair_weight
@@ -117,6 +174,15 @@ class MemoryMixer(BlockMixer):
         place = self._pool_positions(blocks).gather(2, index.flatten(2)).view(index.shape)
         k, v = gather_pool(blocks.pool_k, index), gather_pool(blocks.pool_v, index)
         return k, v, torch.where(allowed, weight, 0), place
+
+    def _all_leaving(self, blocks: Blocks) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As `_leaving`, retained or not: every token of each block that leaves."""
+        assert blocks.weight is not None
+        weight = self._by_block(blocks.weight[:, :, blocks.leaving])
+        weight = torch.where(self.may_leave(blocks) & weight.isfinite(), weight, 0)
+        positions = blocks.layout.positions()[:, None, blocks.leaving].expand(-1, self.heads.key_value, -1)
+        k, v = blocks.k[:, :, blocks.leaving], blocks.v[:, :, blocks.leaving]
+        return self._by_block(k), self._by_block(v), weight, self._by_block(positions)
 
     def _initial(self, blocks: Blocks) -> Memory:
         """The memory before the call."""

@@ -9,25 +9,24 @@ distance exceeds `distance_cap`; while everything lies inside the cap the distan
 """
 
 from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from kernels.exact_attention.chunk import exact_attention, exact_attention_with_mass
+from kernels.exact_attention.chunk import exact_attention, exact_attention_with_mass, exact_weights
 from kernels.linear_memory.chunk import Memory
+from kernels.numerics import wide
 from kernels.retained_pairs.chunk import Selection, gather_pool, select_pairs
 from replace.cache import ReplacedCacheLayer, State
 from replace.config import AttentionConfig
+from replace.errors import bad_value
 from replace.layout import Layout, general_layout, plain_layout
 from replace.registry import Registry
 from replace.rotary import Rotary, RotarySpec
 from replace.scores import SCORES, LearnedScore
 
 VARIANTS: Registry[type[nn.Module]] = Registry("attention.name", "replace.attention")
-
-SCORE_GRID = 1024
-"""Scores are rounded to 1/1024: equal tokens have equal scores up to rounding noise, which would otherwise decide, differently in
-each cut of the same text, which of them is kept; on a grid they tie, and the earlier one stays."""
 
 
 @dataclass
@@ -101,6 +100,16 @@ class Blocks:
         return slice(0, self.layout.blocks * self.layout.block)
 
 
+class Part(NamedTuple):
+    """Exact keys and values of each block `[Q, G, N, P, D]`, their positions `[Q, 1 or G, N, P]`, and which of them each query sees
+    `[Q, 1 or G, N, 1 or S, P]` bool."""
+
+    k: Tensor
+    v: Tensor
+    position: Tensor
+    seen: Tensor
+
+
 class BlockMixer(nn.Module):
     """Exact attention over window, sinks and retained pairs; a base for the variants that add a memory.
 
@@ -110,8 +119,25 @@ class BlockMixer(nn.Module):
     needs_mass = False
     """Whether `mix` needs the exact part's log-denominator."""
 
+    has_memory: ClassVar[bool] = False
+    """Whether there is a memory behind the exact part."""
+
+    @classmethod
+    def check(cls, options: AttentionConfig) -> None:
+        """Refuse options that do not go together in this variant.
+
+        Raises:
+            UserError: the score of the retained pairs asks for a memory that the variant has not.
+        """
+        if options.pairs and SCORES.get(options.pairs_score).needs == "memory" and not cls.has_memory:
+            others = [name for name in SCORES.names() if SCORES.get(name).needs != "memory"]
+            raise bad_value(
+                "attention.pairs_score", options.pairs_score, f"{', '.join(others)}, where a variant has no memory"
+            )
+
     def __init__(self, options: AttentionConfig, heads: Heads, rotary: RotarySpec | None) -> None:
         super().__init__()
+        self.check(options)
         self.options = options
         self.heads = heads
         self.block = options.block
@@ -144,6 +170,9 @@ class BlockMixer(nn.Module):
         self.calls += 1
         with torch.autocast(value.device.type, enabled=False):
             blocks = self.arrange(query, key, value, call)
+            if self.score is not None:
+                blocks.score = self.scores(blocks, key, value, call)
+                self._select(blocks)
             exact, mass = self.attend_exactly(blocks, call)
             out = self.mix(blocks, exact, mass, call)
             out = self._poison(blocks, out)
@@ -185,13 +214,7 @@ class BlockMixer(nn.Module):
         bad = ~(k.sum(-1, dtype=sum_dtype(k)) + v.sum(-1, dtype=sum_dtype(v))).isfinite()
         zero = torch.zeros((), dtype=k.dtype, device=k.device)
         k, v = torch.where(bad.unsqueeze(-1), zero, k), torch.where(bad.unsqueeze(-1), zero.to(v.dtype), v)
-        blocks = Blocks(layout, layout.new(query), k, v, valid, bad, state)
-        if self.score is not None:
-            score = (self.score(call.hidden, key, value).detach() * SCORE_GRID).round() / SCORE_GRID
-            score = layout.new(score.unsqueeze(-1)).squeeze(-1)
-            blocks.score = self._with_past(layout, score, None if state is None else state.score)
-            self._select(blocks)
-        return blocks
+        return Blocks(layout, layout.new(query), k, v, valid, bad, state)
 
     def _with_past(self, layout: Layout, new: Tensor, past: Tensor | None) -> Tensor:
         """Put the lookback (and what the cache holds of the first block) before the new slots: dim 2 grows by L S."""
@@ -213,14 +236,45 @@ class BlockMixer(nn.Module):
         """`[Q, X, N S, ...]` -> `[Q, X, N, S, ...]`."""
         return x.unflatten(2, (-1, self.block))
 
+    @torch.no_grad()
+    def scores(self, blocks: Blocks, key: Tensor, value: Tensor, call: Call) -> Tensor:
+        """`[Q, G, W]` fp32: what decides about retention, settled for the blocks that leave; see `replace.scores`."""
+        assert self.score is not None
+        layout, needs = blocks.layout, self.score.needs
+        past = None if blocks.state is None else blocks.state.score
+        if needs == "position":
+            return self.score(layout.positions())
+        if needs == "window":
+            new = wide(layout.new(key)[..., 0]) * 0
+            return self._with_past(layout, new, past) + self._received(blocks, call)
+        new = layout.new(self.score(call.hidden, key, value).unsqueeze(-1)).squeeze(-1)
+        return self._with_past(layout, new, past)
+
+    def _received(self, blocks: Blocks, call: Call) -> Tensor:
+        """`[Q, G, W]`: the score's sum of what each slot gets of this call's attention over sinks and window. Retained pairs stay out
+        of it: which they are depends on these very scores."""
+        assert self.score is not None
+        size, span, count = self.block, (self.lookback + 1) * self.block, blocks.layout.blocks
+        q, k, _, mask = self._in_frame(blocks, [*self._sink_part(blocks), self._window_part(blocks, call)])
+        weights, _ = exact_weights(q, k, mask, call.scaling, call.softcap, self._sink_logit(call))
+        weights = weights[..., -span:].unflatten(3, (self.heads.repeat, size))
+        # Queries of earlier calls were counted then; one that is not finite tells nothing.
+        fresh = blocks.valid & (blocks.layout.positions() >= blocks.layout.before.unsqueeze(1))
+        fresh = fresh[:, self.lookback * size :].unflatten(1, (count, size))[:, None, :, None, :, None]
+        given = self.score(torch.where(weights.isfinite() & fresh, weights, 0))
+        total = given.new_zeros(*given.shape[:2], blocks.k.shape[2])
+        for start in range(0, span, size):
+            total[:, :, start : start + count * size] += given[..., start : start + size].flatten(2)
+        return total
+
     def _select(self, blocks: Blocks) -> None:
         """Choose the retained pairs before each block; see `kernels.retained_pairs`."""
         assert blocks.score is not None
+        assert self.score is not None
         state, keep = blocks.state, self.options.pairs
         sequences, groups = blocks.k.shape[:2]
-        score = self._by_block(blocks.score[:, :, blocks.leaving])
-        limit = torch.finfo(score.dtype).max
-        score = score.nan_to_num(-limit, limit, -limit).masked_fill(~self.may_leave(blocks), -torch.inf)
+        score = self._by_block(self.score.final(blocks.score[:, :, blocks.leaving]))
+        score = score.masked_fill(~self.may_leave(blocks), -torch.inf)
         if state is not None and state.pair_score is not None:
             assert state.pair_keys is not None
             assert state.pair_values is not None
@@ -237,50 +291,72 @@ class BlockMixer(nn.Module):
 
     def attend_exactly(self, blocks: Blocks, call: Call) -> tuple[Tensor, Tensor | None]:
         """Softmax over sinks, retained pairs and window: `[Q, G, N, R S, D]`, and the log-denominator if needed."""
-        layout, size = blocks.layout, self.block
-        count, span = layout.blocks, (self.lookback + 1) * size
-        keys, values, positions, seen = [], [], [], []
-        window_start = layout.start.unsqueeze(1) + torch.arange(count, device=blocks.k.device) * size  # [Q, N]
-        if self.options.sinks and "sinks" not in self.off:
-            sink_k, sink_v, sink_bad = self._sinks(blocks)
-            keys.append(sink_k.unsqueeze(2).expand(-1, -1, count, -1, -1))
-            values.append(sink_v.unsqueeze(2).expand(-1, -1, count, -1, -1))
-            place = torch.arange(self.options.sinks, device=blocks.k.device)
-            positions.append(place.expand(*window_start.shape, -1).unsqueeze(1))
-            old = (place < window_start.unsqueeze(-1))[:, None, :, None]
-            seen.append(old & ~sink_bad[:, :, None, None])
-        if blocks.selection is not None and "pairs" not in self.off:
-            index = blocks.selection.index[:, :, :count]
-            keys.append(gather_pool(blocks.pool_k, index))
-            values.append(gather_pool(blocks.pool_v, index))
-            positions.append(self._pool_positions(blocks).gather(2, index.flatten(2)).view(index.shape))
-            seen.append(blocks.selection.alive[:, :, :count].unsqueeze(3))
-        keys.append(blocks.k.unfold(2, span, size).transpose(-1, -2))
-        values.append(blocks.v.unfold(2, span, size).transpose(-1, -2))
-        slots = window_start.unsqueeze(-1) + torch.arange(span, device=blocks.k.device)  # [Q, N, span]
-        positions.append(slots.unsqueeze(1))
-        seen.append(self._window_mask(blocks, call, slots).unsqueeze(1))
+        parts = [*self._sink_part(blocks), *self._pair_part(blocks), self._window_part(blocks, call)]
+        q, k, v, mask = self._in_frame(blocks, parts)
+        if not (self.needs_mass or call.softcap is not None or call.sink_logit is not None):
+            return exact_attention(q, k, v, mask, call.scaling, call.dropout), None
+        sink_logit = self._sink_logit(call)
+        return exact_attention_with_mass(q, k, v, mask, call.scaling, call.dropout, call.softcap, sink_logit)
 
-        k = torch.cat(keys, dim=3)
-        v = torch.cat(values, dim=3)
-        groups, queries = self.heads.key_value, self.heads.repeat * size
-        mask = torch.cat([x.expand(-1, groups, -1, size, -1) for x in seen], dim=-1)
-        mask = mask.unsqueeze(3).expand(-1, -1, -1, self.heads.repeat, -1, -1).flatten(3, 4)
+    def _sink_part(self, blocks: Blocks) -> list[Part]:
+        """The first tokens, once they are older than a block's window."""
+        if not self.options.sinks or "sinks" in self.off:
+            return []
+        k, v, bad = (x.unsqueeze(2) for x in self._sinks(blocks))
+        count, place = blocks.layout.blocks, torch.arange(self.options.sinks, device=k.device)
+        start = self._window_start(blocks)
+        old = (place < start.unsqueeze(-1))[:, None, :, None]
+        position = place.expand(*start.shape, -1).unsqueeze(1)
+        k, v = k.expand(-1, -1, count, -1, -1), v.expand(-1, -1, count, -1, -1)
+        return [Part(k, v, position, old & ~bad.unsqueeze(3))]
+
+    def _pair_part(self, blocks: Blocks) -> list[Part]:
+        """The pairs that are held before each block."""
+        if blocks.selection is None or "pairs" in self.off:
+            return []
+        count = blocks.layout.blocks
+        index, alive = blocks.selection.index[:, :, :count], blocks.selection.alive[:, :, :count]
+        position = self._pool_positions(blocks).gather(2, index.flatten(2)).view(index.shape)
+        k, v = gather_pool(blocks.pool_k, index), gather_pool(blocks.pool_v, index)
+        return [Part(k, v, position, alive.unsqueeze(3))]
+
+    def _window_part(self, blocks: Blocks, call: Call) -> Part:
+        """Each block and the L before it."""
+        size, span = self.block, (self.lookback + 1) * self.block
+        slots = self._window_start(blocks).unsqueeze(-1) + torch.arange(span, device=blocks.k.device)  # [Q, N, span]
+        k, v = (x.unfold(2, span, size).transpose(-1, -2) for x in (blocks.k, blocks.v))
+        return Part(k, v, slots.unsqueeze(1), self._window_mask(blocks, call, slots).unsqueeze(1))
+
+    def _window_start(self, blocks: Blocks) -> Tensor:
+        """`[Q, N]`: the position of the first slot of each block's window."""
+        layout = blocks.layout
+        return layout.start.unsqueeze(1) + torch.arange(layout.blocks, device=blocks.k.device) * self.block
+
+    def _in_frame(self, blocks: Blocks, parts: list[Part]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries `[Q, G, N, R S, D]`, keys and values `[Q, G, N, P, D]` rotated in each block's frame, and the mask."""
+        count, size = blocks.layout.blocks, self.block
+        groups, repeat = self.heads.key_value, self.heads.repeat
+        k = torch.cat([part.k for part in parts], dim=3)
+        v = torch.cat([part.v for part in parts], dim=3)
+        mask = torch.cat([part.seen.expand(-1, groups, -1, size, -1) for part in parts], dim=-1)
+        mask = mask.unsqueeze(3).expand(-1, -1, -1, repeat, -1, -1).flatten(3, 4)
         q = self._by_block(blocks.q)  # [Q, H, N, S, D]
         if self.rotary is not None:
+            window_start, span = self._window_start(blocks), (self.lookback + 1) * size
             origin = self._origin(window_start)  # [Q, N]
             own = window_start.unsqueeze(-1) + torch.arange(span - size, span, device=q.device)
             q = self.rotary(q, (own - origin.unsqueeze(-1)).clamp_min(0).unsqueeze(1))
-            frame = [(p - origin[:, None, :, None]).clamp_min(0) for p in positions]
+            frame = [(part.position - origin[:, None, :, None]).clamp_min(0) for part in parts]
             k = self.rotary(k, torch.cat([f.expand(-1, groups, -1, -1) for f in frame], dim=-1))
-        q = q.unflatten(1, (groups, self.heads.repeat)).transpose(2, 3).reshape(-1, groups, count, queries, q.shape[-1])
-        if not (self.needs_mass or call.softcap is not None or call.sink_logit is not None):
-            return exact_attention(q, k, v, mask, call.scaling, call.dropout), None
-        sink_logit = None
-        if call.sink_logit is not None:
-            per_head = call.sink_logit.view(1, groups, 1, self.heads.repeat, 1, 1)
-            sink_logit = per_head.expand(-1, -1, -1, -1, size, -1).flatten(3, 4)
-        return exact_attention_with_mass(q, k, v, mask, call.scaling, call.dropout, call.softcap, sink_logit)
+        q = q.unflatten(1, (groups, repeat)).transpose(2, 3).reshape(-1, groups, count, repeat * size, q.shape[-1])
+        return q, k, v, mask
+
+    def _sink_logit(self, call: Call) -> Tensor | None:
+        """The teacher's learned sinks `[1, G, 1, R S, 1]`."""
+        if call.sink_logit is None:
+            return None
+        per_head = call.sink_logit.view(1, self.heads.key_value, 1, self.heads.repeat, 1, 1)
+        return per_head.expand(-1, -1, -1, -1, self.block, -1).flatten(3, 4)
 
     def _origin(self, window_start: Tensor) -> Tensor:
         """`[Q, N]`: position 0 of each block's frame, so that the block's last query is at most `distance_cap`."""
@@ -363,10 +439,11 @@ class BlockMixer(nn.Module):
             sink_keys=torch.where(sink_bad.unsqueeze(-1), nan, sink_k),
             sink_values=sink_v,
         )
-        if blocks.score is not None and blocks.selection is not None:
+        if self.score is not None and blocks.score is not None and blocks.selection is not None:
             index = self._at(blocks.selection.index, evicted)
             alive = self._at(blocks.selection.alive, evicted)
-            pool_score = self._pool(blocks, blocks.score, None if blocks.state is None else blocks.state.pair_score)
+            past = None if blocks.state is None else blocks.state.pair_score
+            pool_score = self._pool(blocks, self.score.final(blocks.score), past)
             state = replace(
                 state,
                 score=self._local(blocks.score, evicted),

@@ -145,17 +145,22 @@ def _check_names(config: Config) -> None:
     """Names that registries know; imported only here and last, since they bring torch."""
     from replace.feature_maps import FEATURE_MAPS
     from replace.memory import UPDATES
-    from replace.mixer import VARIANTS
+    from replace.mixer import VARIANTS, BlockMixer
     from replace.scores import SCORES
 
     attention = config.attention
-    VARIANTS.get(attention.name)
+    variants = [VARIANTS.get(attention.name)]
     FEATURE_MAPS.get(attention.feature_map)
     UPDATES.get(attention.update)
     SCORES.get(attention.pairs_score)
     rest = config.layers.rest
     if rest != "keep" and ":" not in rest:
         _one_of("layers.rest", rest, ("keep", *VARIANTS.names()))
+    if rest != "keep":
+        variants.append(VARIANTS.get(rest))
+    for variant in variants:
+        if issubclass(variant, BlockMixer):
+            variant.check(attention)
 
 
 def _check_layers(layers: LayersConfig, count: int) -> None:

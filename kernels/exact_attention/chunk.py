@@ -31,6 +31,31 @@ def exact_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: floa
     return out.view(*lead, queries, v.shape[-1])
 
 
+def exact_weights(
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor,
+    scaling: float,
+    softcap: float | None = None,
+    sink_logit: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The softmax itself `[B, G, N, Q, K]` and the logarithm of its denominator `[B, G, N, Q, 1]`, both fp32.
+
+    Args:
+        q, k, mask, scaling: as in `exact_attention`.
+        softcap: logits become softcap * tanh(logits / softcap).
+        sink_logit: `[1, G, 1, Q, 1]`, a learned logit per head that takes part in the denominator only.
+    """
+    logits = (wide(q) @ wide(k).transpose(-1, -2)) * scaling
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits.masked_fill(~mask, -torch.inf)
+    if sink_logit is not None:
+        logits = torch.cat([logits, wide(sink_logit).expand(*logits.shape[:-1], 1)], dim=-1)
+    mass = torch.logsumexp(logits, dim=-1, keepdim=True)
+    return torch.exp(logits - mass)[..., : k.shape[-2]], mass
+
+
 def exact_attention_with_mass(
     q: Tensor,
     k: Tensor,
@@ -41,21 +66,10 @@ def exact_attention_with_mass(
     softcap: float | None = None,
     sink_logit: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `exact_attention`, spelled out in fp32, with a soft cap, a learned sink and the logarithm of the denominator.
-
-    Args:
-        softcap: logits become softcap * tanh(logits / softcap).
-        sink_logit: `[1, G, 1, Q, 1]`, a learned logit per head that takes part in the denominator only.
+    """As `exact_attention`, spelled out in fp32, with what `exact_weights` takes and gives beside it.
 
     Returns:
         out `[B, G, N, Q, Dv]` and log(sum exp) `[B, G, N, Q, 1]`, both fp32.
     """
-    logits = (wide(q) @ wide(k).transpose(-1, -2)) * scaling
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    logits = logits.masked_fill(~mask, -torch.inf)
-    if sink_logit is not None:
-        logits = torch.cat([logits, wide(sink_logit).expand(*logits.shape[:-1], 1)], dim=-1)
-    mass = torch.logsumexp(logits, dim=-1, keepdim=True)
-    weights = torch.exp(logits - mass)[..., : k.shape[-2]]
+    weights, mass = exact_weights(q, k, mask, scaling, softcap, sink_logit)
     return F.dropout(weights, dropout) @ wide(v), mass

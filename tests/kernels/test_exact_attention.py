@@ -67,5 +67,5 @@ def test_exact_keys_are_between_window_and_window_plus_block() -> None:
     assert exact_keys(9, block=4, lookback=1, sinks=2, retained=[3]) == [0, 1, 3, 4, 5, 6, 7, 8, 9]
     assert exact_keys(5, block=4, lookback=1, sinks=2, retained=[]) == [0, 1, 2, 3, 4, 5]
     for t in range(50):
-        window = [j for j in exact_keys(t, 4, 2, 0, [])]
+        window = exact_keys(t, 4, 2, 0, [])
         assert min(t + 1, 8) <= len(window) <= 8 + 4

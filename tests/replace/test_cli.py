@@ -66,6 +66,10 @@ BAD = [
     ([*TINY, "attention.name=softmax"], "attention.name", "softmax", "infini"),
     ([*TINY, "attention.feature_map=relu"], "attention.feature_map", "relu", "hedgehog"),
     ([*TINY, "attention.pairs_score=best"], "attention.pairs_score", "best", "learned"),
+    (
+        [*TINY, "attention.name=sliding_window", "attention.pairs_score=self_recall"],
+        *("attention.pairs_score", "self_recall", "attention, key_norm, learned, random"),
+    ),
     ([*TINY, "attention.update=newton"], "attention.update", "newton", "delta_bounded"),
     ([*TINY, "attention.gate=wide"], "attention.gate", "wide", "head"),
     ([*TINY, "attention.write_gate=wide"], "attention.write_gate", "wide", "token"),

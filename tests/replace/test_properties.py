@@ -1,5 +1,6 @@
-"""What must hold for every variant (design 02, "What must hold"), on small random models and in fp64, so that a leak has no noise
-to hide in. The numbers in the names are those of the design's list.
+"""What must hold for every variant (design 02, "What must hold"), on small random models in fp64.
+
+There a leak has no noise to hide in. The numbers in the names of the tests are those of the design's list.
 """
 
 import copy
@@ -17,6 +18,7 @@ from kernels.linear_memory.reference import delta_bounded, linear_memory
 from replace.cache import ReplacedCacheLayer, state_bytes
 from replace.config import AttentionConfig
 from replace.convert import SwapSpec, mixers, swap
+from replace.errors import UserError
 from replace.mixer import VARIANTS, BlockMixer, Call, Heads
 from replace.rotary import RotarySpec
 
@@ -47,6 +49,13 @@ CASES: dict[str, tuple[str, dict]] = {
     "linear": ("llama", {"name": "linear", "pairs_score": "learned", "distance_cap": 16}),
     "linear-plain": ("phi3", {"name": "linear", "pairs": 0, "feature_map": "elu", "write_gate": "none"}),
     "linear-segment": ("qwen3", {"name": "linear", "local": "segment", "sinks": 0, "feature_map": "elu"}),
+    "window-attention": ("qwen3", {"name": "sliding_window", "pairs_score": "attention", "distance_cap": 16}),
+    "infini-attention": ("phi3", {"name": "infini", "local": "segment", "pairs_score": "attention"}),
+    "delta-recall": ("llama", {"name": "infini", "update": "delta_bounded", "pairs_score": "self_recall"}),
+    "linear-recall": (
+        "qwen3",
+        {"name": "linear", "feature_map": "elu", "pairs_score": "self_recall", "window": 8},
+    ),
     "linear-delta": ("gpt_neox", {"name": "linear", "update": "delta_bounded", "pairs_score": "random"}),
 }
 HAS_MEMORY = [name for name, (_, options) in CASES.items() if options["name"] != "sliding_window"]
@@ -54,9 +63,9 @@ EVERY = pytest.mark.parametrize("name", CASES)
 WITH_MEMORY = pytest.mark.parametrize("name", HAS_MEMORY)
 
 
-def options_of(name: str, **changes) -> AttentionConfig:
+def options_of(case: str, **changes) -> AttentionConfig:
     """The options of a case."""
-    return AttentionConfig(**(SMALL | CASES[name][1] | changes))
+    return AttentionConfig(**(SMALL | CASES[case][1] | changes))
 
 
 @functools.cache
@@ -103,7 +112,7 @@ def _student(name: str) -> PreTrainedModel:
 
 
 def student(name: str) -> PreTrainedModel:
-    """A swapped model with all layers replaced and scattered parameters; shared, so tests leave its weights alone."""
+    """A model with all layers replaced and scattered parameters; shared, so tests leave its weights alone."""
     return _student(name)
 
 
@@ -126,15 +135,15 @@ def close(got: Tensor, want: Tensor, limit: float = 1e-8) -> None:
     assert error < limit, f"{error:.1e} is not below {limit:.0e}"
 
 
-# Layer level: a mixer by itself ------------------------------------------------------------------------------------
+# Layer level: a mixer by itself ----------------------------------------------------------------------------
 
 HEADS = Heads(4, 2, 8, 16)
 ROTARY = RotarySpec([1.0, 0.3, 0.1], "half")  # six of eight dimensions
 
 
-def mixer_of(name: str, heads: Heads = HEADS, **changes) -> BlockMixer:
+def mixer_of(case: str, heads: Heads = HEADS, **changes) -> BlockMixer:
     """An fp64 mixer of the case with scattered parameters."""
-    options = options_of(name, **changes)
+    options = options_of(case, **changes)
     mixer = VARIANTS.get(options.name)(options, heads, ROTARY).double()
     scatter(mixer)
     return mixer
@@ -185,9 +194,11 @@ def oracle(
     call = Call(hidden, scaling)
     score = None
     if options.pairs:
-        blocks = mixer.arrange(q, k, v, call)
-        assert blocks.score is not None
-        score = blocks.score[:, :, lookback * size :][..., :length]
+        key = k.clone()
+        if absent[0] >= 0:
+            key[0, absent[0], absent[1]] = torch.nan
+        whole = mixer.score.final(mixer.scores(mixer.arrange(q, key, v, call), key, v, call))
+        score = whole[:, :, lookback * size :][..., :length]
     if hasattr(mixer, "map_q"):
         angle = [rotated if options.rotary else (lambda x, _: x)][0]
         scale = scaling**0.5
@@ -241,8 +252,8 @@ def oracle(
     return out
 
 
-# The shared denominator's delta memory is written from what was dropped, in an order that only the chunks know; its parts are tested
-# by the kernels.
+# The shared denominator's delta memory is written from what was dropped, in an order that only the chunks
+# know; its parts are tested by the kernels.
 @pytest.mark.parametrize("name", [name for name in CASES if name != "linear-delta"])
 @torch.no_grad()
 def test_4_mixer_equals_the_token_by_token_definition(name: str) -> None:
@@ -309,7 +320,7 @@ def test_2_a_token_changes_nothing_before_it(name: str, poison: float) -> None:
 @pytest.mark.parametrize(("which", "place"), [(1, 1), (1, 9), (2, 1), (2, 9)])
 @torch.no_grad()
 def test_2_later_blocks_forget_a_poisoned_token(name: str, which: int, place: int) -> None:
-    """Once its block has left the window, a non-finite key or value is as if it had never been, sinks included."""
+    """Once its block has left the window, a non-finite key or value is as if it had never been, sinks too."""
     mixer, tensors = mixer_of(name), inputs(27)
     gone = (place // mixer.block + mixer.lookback + 1) * mixer.block
     want = oracle(mixer, *tensors, absent=(0, place))
@@ -379,8 +390,8 @@ def test_12_grouped_heads_equal_expanded_ones(name: str) -> None:
         small = own[key]
         parameter.copy_(small if small.shape == parameter.shape else small.repeat_interleave(repeat, dim=0))
     wide = [x.repeat_interleave(repeat, dim=1) for x in (k, v)]
-    if options_of(name).pairs_score == "random" and options_of(name).pairs:
-        pytest.skip("random scores differ by key-value head")
+    if options_of(name).pairs_score in ("random", "attention") and options_of(name).pairs:
+        pytest.skip("these scores differ by key-value head, or look at all heads of a group")
     close(attend(full, q, *wide, hidden), attend(mixer, q, k, v, hidden))
 
 
@@ -490,12 +501,64 @@ def test_18_each_pair_is_in_exactly_one_place(name: str) -> None:
         assert state.memory_n.tolist() == [[left - options.sinks - retained] * 2]
 
 
-# Model level: the whole capture, on four families ------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["window-attention", "infini-attention"])
+@torch.no_grad()
+def test_18_attention_score_is_what_a_token_received_in_the_window(name: str) -> None:
+    mixer, (q, k, v, hidden) = mixer_of(name), inputs(27)
+    call, options, size = Call(hidden, 0.4), mixer.options, mixer.block
+    got = mixer.scores(mixer.arrange(q, k, v, call), k, v, call)[0, :, mixer.lookback * size :]
+    want = torch.zeros(2, 27).double()
+    for t in range(27):
+        start = max(0, t // size - mixer.lookback) * size
+        seen = exact_keys(t, size, mixer.lookback, options.sinks, [])
+        origin = (
+            0 if options.distance_cap is None else max(0, (t // size + 1) * size - 1 - options.distance_cap)
+        )
+        for g in range(2):
+            turned = torch.stack([rotated(k[0, g, j], max(0, j - origin)) for j in seen])
+            heads = [rotated(q[0, h, t], t - origin) for h in range(2 * g, 2 * g + 2)]
+            most = torch.stack([(0.4 * turned @ x).softmax(0) for x in heads]).amax(0)
+            for weight, j in zip(most, seen, strict=True):
+                want[g, j] += weight if j >= start else 0
+    close(got[:, :27], want)
+
+
+@pytest.mark.parametrize("name", ["delta-recall", "linear-recall"])
+@torch.no_grad()
+def test_18_self_recall_is_the_residual_of_the_memory_of_all_older_tokens(name: str) -> None:
+    mixer, (q, k, v, hidden) = mixer_of(name), inputs(27)
+    call, sinks, size = Call(hidden, 0.4), mixer.options.sinks, mixer.block
+    got = mixer.scores(mixer.arrange(q, k, v, call), k, v, call)[0, :, mixer.lookback * size :]
+    phi, weight = mixer.map_k(0.4**0.5 * k)[0], mixer.write_gate(hidden)[0]
+    weight[:, :sinks] = 0
+    for j in range(27 - 27 % size - mixer.lookback * size):
+        end = j // size * size  # what stood in the memory when the block of j left
+        for g in range(2):
+            answer = torch.zeros_like(v[0, g, j])
+            if mixer.options.update == "delta_bounded" and end:
+                M, z, n = delta_bounded(*(x[g, :end].unflatten(0, (-1, size)) for x in (phi, v[0], weight)))
+                answer = phi[g, j] @ M / (phi[g, j] @ z) if n else answer
+            elif end > sinks:
+                far = weight[g, :end] * (phi[g, :end] @ phi[g, j])
+                answer = far @ v[0, g, :end] / far.sum()
+            close(got[g, j], (v[0, g, j] - answer).norm())
+
+
+@pytest.mark.parametrize(
+    "change", [{"name": "sliding_window"}, {"name": "linear", "update": "delta_bounded"}]
+)
+def test_18_self_recall_is_refused_where_it_has_no_meaning(change: dict) -> None:
+    with pytest.raises(UserError, match="self_recall"):
+        mixer_of("linear-recall", **change)
+    mixer_of("linear-recall", **change, pairs=0)
+
+
+# Model level: the whole capture, on four families ----------------------------------------------------------
 
 
 @EVERY
 def test_1_everything_exact_is_the_teacher(name: str) -> None:
-    """Window (or segment) as long as the text: the teacher's logits, up to the fp32 tables of the families."""
+    """Window (or segment) as long as the text: the teacher's logits up to the fp32 of its tables."""
     family, ids = CASES[name][0], text(2, 30)
     changes = {"block": 32, "window": 0 if options_of(name).local == "segment" else 32, "distance_cap": None}
     model = teacher(family)
@@ -623,7 +686,7 @@ def test_7_padding_changes_nothing(name: str, padding: str) -> None:
 @EVERY
 @torch.no_grad()
 def test_7_padding_on_continued_forwards(name: str) -> None:
-    """Pads never leak into the state, and a call with several tokens goes on from it (upstream #47086, #45513)."""
+    """Pads never leak into the state, and several tokens go on from it (upstream #47086, #45513)."""
     model, ids = student(name), text(2, 40)
     want = logits(model, ids)
     cache = DynamicCache(config=model.config)
@@ -720,7 +783,7 @@ def test_17_a_cache_goes_on_with_the_last_document(name: str) -> None:
 
 
 def test_17_documents_cannot_begin_inside_a_continued_call() -> None:
-    """The state of a row is one document's, so a second one in the same call would read it: an error, not a leak."""
+    """The state of a row is one document's, so another in the same call would read it: an error, not a leak."""
     model, ids = student("infini"), text(1, 30)
     cache = DynamicCache(config=model.config)
     positions = torch.cat([torch.arange(10, 20), torch.arange(10)])[None]
