@@ -164,7 +164,7 @@ def _perplexities(model, tokenizer, config: Config, using: Yardstick) -> dict[st
             text,
             length=budget.perplexity_length,
             tokens=budget.perplexity_tokens,
-            batch=_batch(model),
+            batch=_batch(model, budget.perplexity_length),
             seed=SEED,
             label=f"perplexity, {name}",
         )
@@ -186,7 +186,7 @@ def _recalls(model, grids: Sequence[Grid], using: Yardstick, ablation: str = "")
                     using.make,
                     episodes=grid.episodes_of(ablation) if ablation else grid.episodes,
                     seed=SEED,
-                    batch=_batch(model),
+                    batch=_batch(model, max(cell.length for cell in cells)),
                     label=ablation.replace("_", " ") or "recall",
                 )
                 joined = results.setdefault(task, {"cells": [], "means": []})
@@ -224,9 +224,9 @@ def _plain(model) -> torch.autocast:
     return torch.autocast(model.device.type, enabled=False)
 
 
-def _batch(model) -> int:
-    """Rows of a forward: a CPU gains nothing from more than one long row."""
-    return 1 if model.device.type == "cpu" else 8
+def _batch(model, length: int) -> int:
+    """Rows of a forward of `length` tokens: a CPU gains nothing beyond about 4,096 tokens at once."""
+    return max(1, 4096 // length) if model.device.type == "cpu" else 8
 
 
 @contextmanager
