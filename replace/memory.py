@@ -150,7 +150,8 @@ class MemoryMixer(BlockMixer):
             assert state.pair_position is not None
             weight = torch.where(state.pair_score != -torch.inf, state.pair_weight, 0)
             pairs = (state.pair_keys, state.pair_values, weight, state.pair_position)
-            held = self._write(*(x.unsqueeze(2) for x in pairs), initial, call)[2]
+            k, v, weight, positions = (x.unsqueeze(2) for x in pairs)  # one more block
+            _, _, held, _ = self._write(k, v, weight, positions, initial, call)
             initial = Memory(held.M[:, :, 1], held.z[:, :, 1], held.n[:, :, 1])
         k, v, weight, positions = self._all_leaving(blocks)
         phi_k, _, states, _ = self._write(k, v, weight, positions, initial, call)

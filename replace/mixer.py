@@ -101,8 +101,8 @@ class Blocks:
 
 
 class Part(NamedTuple):
-    """Exact keys and values of each block `[Q, G, N, P, D]`, their positions `[Q, 1 or G, N, P]`, and which of them each query sees
-    `[Q, 1 or G, N, 1 or S, P]` bool."""
+    """Exact keys and values of each block `[Q, G, N, P, D]`, their positions `[Q, 1 or G, N, P]`, and which of them
+    each query sees `[Q, 1 or G, N, 1 or S, P]` bool."""
 
     k: Tensor
     v: Tensor
@@ -201,8 +201,8 @@ class BlockMixer(nn.Module):
                 real = torch.ones(batch, tokens, dtype=torch.bool, device=query.device)
             if state is not None and call.document is not None:
                 raise RuntimeError(
-                    "position_ids begin a new document inside a call that continues a cache, whose state belongs to one document; "
-                    "start from a fresh cache, or pack all documents into the first call."
+                    "position_ids begin a new document inside a call that continues a cache, whose state belongs to "
+                    "one document; start from a fresh cache, or pack all documents into the first call."
                 )
             before = None if state is None else state.length
             layout = general_layout(real, call.document, before, self.block, self.lookback)
@@ -251,8 +251,10 @@ class BlockMixer(nn.Module):
         return self._with_past(layout, new, past)
 
     def _received(self, blocks: Blocks, call: Call) -> Tensor:
-        """`[Q, G, W]`: the score's sum of what each slot gets of this call's attention over sinks and window. Retained pairs stay out
-        of it: which they are depends on these very scores."""
+        """`[Q, G, W]`: the score's sum of what each slot gets of this call's attention over sinks and window.
+
+        Retained pairs stay out of it: which they are depends on these very scores.
+        """
         assert self.score is not None
         size, span, count = self.block, (self.lookback + 1) * self.block, blocks.layout.blocks
         q, k, _, mask = self._in_frame(blocks, [*self._sink_part(blocks), self._window_part(blocks, call)])
@@ -314,6 +316,8 @@ class BlockMixer(nn.Module):
         """The pairs that are held before each block."""
         if blocks.selection is None or "pairs" in self.off:
             return []
+        assert blocks.pool_k is not None
+        assert blocks.pool_v is not None
         count = blocks.layout.blocks
         index, alive = blocks.selection.index[:, :, :count], blocks.selection.alive[:, :, :count]
         position = self._pool_positions(blocks).gather(2, index.flatten(2)).view(index.shape)
@@ -439,7 +443,10 @@ class BlockMixer(nn.Module):
             sink_keys=torch.where(sink_bad.unsqueeze(-1), nan, sink_k),
             sink_values=sink_v,
         )
-        if self.score is not None and blocks.score is not None and blocks.selection is not None:
+        if self.score is not None and blocks.selection is not None:
+            assert blocks.score is not None
+            assert blocks.pool_k is not None
+            assert blocks.pool_v is not None
             index = self._at(blocks.selection.index, evicted)
             alive = self._at(blocks.selection.alive, evicted)
             past = None if blocks.state is None else blocks.state.pair_score
