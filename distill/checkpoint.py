@@ -1,4 +1,7 @@
-"""Checkpoints: safetensors and JSON, checked by SHA-256, written under a temporary name and renamed. Nothing is ever unpickled."""
+"""Checkpoints: safetensors and JSON, checked by SHA-256, written under a temporary name and renamed.
+
+Nothing is ever unpickled.
+"""
 
 import hashlib
 import json
@@ -26,20 +29,28 @@ class Progress:
     counters: dict[str, float]
 
 
-def save_step(folder: Path, names: list[str], model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
-    """Write the state inside a stage to `folder/step-<n>`: trained parameters, optimizer moments, random state, counters."""
+def save_step(
+    folder: Path, names: list[str], model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress
+) -> None:
+    """Write the state inside a stage to `folder/step-<n>`: trained parameters, optimizer moments, random
+    state, counters.
+    """
     tensors = _parameters(model, names)
     for group in optimizer.param_groups:
         for index, parameter in enumerate(group["params"]):
             for key, value in optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{group['name']}.{index}.{key}"] = torch.as_tensor(value)
     tensors["random"] = torch.get_rng_state()
-    _write(folder / f"step-{progress.step:07d}", tensors, {"step": progress.step, "counters": progress.counters})
+    _write(
+        folder / f"step-{progress.step:07d}", tensors, {"step": progress.step, "counters": progress.counters}
+    )
     for old in sorted(folder.glob("step-*"))[:-KEEP]:
         _remove(old)
 
 
-def load_step(folder: Path, names: list[str], model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress | None:
+def load_step(
+    folder: Path, names: list[str], model: nn.Module, optimizer: torch.optim.Optimizer
+) -> Progress | None:
     """Go on from the newest whole checkpoint inside a stage; None if there is none."""
     for path in sorted(folder.glob("step-*"), reverse=True):
         read = _read(path)
@@ -60,14 +71,18 @@ def load_step(folder: Path, names: list[str], model: nn.Module, optimizer: torch
 
 
 def save_stage(folder: Path, names: list[str], model: nn.Module, about: dict) -> None:
-    """Write the trained parameters at a stage's end to `folder/final`; the checkpoints inside the stage go."""
+    """Write the trained parameters at a stage's end to `folder/final`; the checkpoints inside the stage
+    go.
+    """
     _write(folder / "final", _parameters(model, names), about)
     for old in folder.glob("step-*"):
         _remove(old)
 
 
 def load_stage(folder: Path, model: nn.Module) -> dict | None:
-    """Take over a finished stage's parameters; returns what `save_stage` was told, or None if the stage is not finished."""
+    """Take over a finished stage's parameters; returns what `save_stage` was told, or None if the stage is
+    not finished.
+    """
     read = _read(folder / "final")
     if read is None:
         return None
@@ -110,7 +125,9 @@ def _read(folder: Path) -> tuple[dict[str, Tensor], dict] | None:
 
 
 def _remove(folder: Path) -> None:
-    """Delete one of our own checkpoint folders; about.json goes first, so that a half-deleted one is not taken for whole."""
+    """Delete one of our own checkpoint folders; about.json goes first, so that a half-deleted one is not
+    taken for whole.
+    """
     for name in ("about.json", "state.safetensors"):
         (folder / name).unlink(missing_ok=True)
     folder.rmdir()

@@ -1,4 +1,5 @@
-"""The rows a stage trains on: text and recall episodes, drawn so that row i of a stage depends on seed, stage and i alone.
+"""The rows a stage trains on: text and recall episodes, drawn so that row i of a stage depends on seed, stage
+and i alone.
 
 Hence a resumed run needs no data state but the number of the step.
 """
@@ -60,7 +61,9 @@ class Mixture:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the stage: all tokens are used, the last step may exceed the budget by less than one batch."""
+        """Optimizer steps of the stage: all tokens are used, the last step may exceed the budget by less
+        than one batch.
+        """
         return -(-self.budget.tokens // (self.budget.batch * self.budget.length))
 
     def batch(self, step: int, accumulate: int = 1, part: int = 0) -> Batch:

@@ -17,7 +17,8 @@ def transfer_loss(kind: str, student: Tensor, teacher: Tensor, real: Tensor | No
     """The loss of one layer's attention output against the teacher's.
 
     Args:
-        kind: mse, huber or cosine. Cosine looks at directions only: magnitude is lost, so it is a last resort.
+        kind: mse, huber or cosine. Cosine looks at directions only: magnitude is lost, so it is a last
+            resort.
         student, teacher: `[B, T, C]`. real: `[B, T]` bool or None.
 
     Returns:
@@ -44,7 +45,8 @@ def score_loss(score: Tensor, later: Tensor, keep: int, sinks: int) -> Tensor:
     """Binary cross-entropy of scores against "is among the `keep` tokens with the largest later attention".
 
     Args:
-        score: `[B, G, T]` logits. later: `[B, G, T]` from `replace.observe.later_attention`, 0 where no query counted.
+        score: `[B, G, T]` logits. later: `[B, G, T]` from `replace.observe.later_attention`, 0 where no query
+            counted.
         sinks: the first tokens, which need no score, do not count.
     """
     known = later > 0
@@ -76,7 +78,8 @@ def language_loss(
     real: Tensor | None,
     objective: str,
 ) -> LanguageLoss:
-    """KL to the teacher and/or cross-entropy on the text, plus cross-entropy on the answers of recall episodes.
+    """KL to the teacher and/or cross-entropy on the text, plus cross-entropy on the answers of recall
+    episodes.
 
     Logits are made chunk by chunk and made again in the backward, so `[B, T, V]` never exists.
 
@@ -86,7 +89,9 @@ def language_loss(
         objective: kl, ce or mix (their mean).
     """
     target = input_ids[:, 1:].flatten()
-    counted = torch.ones_like(target, dtype=torch.bool) if real is None else (real[:, 1:] & real[:, :-1]).flatten()
+    counted = (
+        torch.ones_like(target, dtype=torch.bool) if real is None else (real[:, 1:] & real[:, :-1]).flatten()
+    )
     answer = answers[:, 1:].flatten() & counted
     student = hidden[:, :-1].flatten(0, 1)
     teacher = None if teacher_hidden is None else teacher_hidden[:, :-1].flatten(0, 1)
@@ -105,7 +110,13 @@ def language_loss(
     total = torch.zeros(3, device=hidden.device)
     for start in range(0, len(target), CHUNK):
         piece = slice(start, start + CHUNK)
-        arguments = (student[piece], None if teacher is None else teacher[piece], target[piece], counted[piece], answer[piece])
+        arguments = (
+            student[piece],
+            None if teacher is None else teacher[piece],
+            target[piece],
+            counted[piece],
+            answer[piece],
+        )
         total = total + checkpoint(part, *arguments, use_reentrant=False)
     tokens, asked = counted.sum().clamp_min(1), answer.sum()
     kl, ce = total[0] / tokens, total[1] / tokens
@@ -113,4 +124,6 @@ def language_loss(
     text = {"kl": kl, "ce": ce, "mix": (kl + ce) / 2}[objective]
     # One lost answer should weigh like the text around it, not like one token among a thousand.
     loss = text + torch.where(asked > 0, on_answers, torch.zeros_like(on_answers))
-    return LanguageLoss(loss, float(kl.detach()), float(ce.detach()), float(on_answers.detach()) if bool(asked) else 0.0)
+    return LanguageLoss(
+        loss, float(kl.detach()), float(ce.detach()), float(on_answers.detach()) if bool(asked) else 0.0
+    )

@@ -1,9 +1,10 @@
 """The stages as data: which parameters, which learning rates, and what one step computes.
 
-Stage 1 (transfer) is local: while the teacher's own attention runs, each replaced layer is given the teacher's input and learns the
-teacher's output, and its backward ends before the next layer begins. There is no graph through the model, no second model, and
-nothing above the last replaced layer is computed. Beside it, where pairs are retained, their scores learn the teacher's later
-attention. Stages 2 and 3 train in place, on the language model's objective.
+Stage 1 (transfer) is local: while the teacher's own attention runs, each replaced layer is given the
+teacher's input and learns the teacher's output, and its backward ends before the next layer begins. There is
+no graph through the model, no second model, and nothing above the last replaced layer is computed. Beside it,
+where pairs are retained, their scores learn the teacher's later attention. Stages 2 and 3 train in place, on
+the language model's objective.
 """
 
 import logging
@@ -38,7 +39,8 @@ class Stage:
 
     Attributes:
         groups: optimizer groups, `{"params", "lr", "weight_decay", "name"}`.
-        step: computes the gradients of a batch (adds them, scaled by its second argument) and returns the losses.
+        step: computes the gradients of a batch (adds them, scaled by its second argument) and returns the
+            losses.
         names: the trainable parameters' names, what a checkpoint must hold.
     """
 
@@ -83,7 +85,12 @@ def local_groups(model: nn.Module, rates: dict[str, float], decay: float) -> tup
             kinds[kind].append(parameter)
             names.append(name)
     groups = [
-        {"params": p, "lr": rates[kind], "name": kind, "weight_decay": decay if kind in ("projection", "map") else 0.0}
+        {
+            "params": p,
+            "lr": rates[kind],
+            "name": kind,
+            "weight_decay": decay if kind in ("projection", "map") else 0.0,
+        }
         for kind, p in kinds.items()
         if p
     ]
@@ -95,7 +102,12 @@ def local_groups(model: nn.Module, rates: dict[str, float], decay: float) -> tup
 def transfer_stage(model: PreTrainedModel, config: Config) -> Stage:
     """Stage 1."""
     stage = config.stage
-    rates = {"projection": stage.lr_projection1, "map": stage.lr_map1, "gate": stage.lr_gate, "score": stage.lr_score}
+    rates = {
+        "projection": stage.lr_projection1,
+        "map": stage.lr_map1,
+        "gate": stage.lr_gate,
+        "score": stage.lr_score,
+    }
     groups, names = local_groups(model, rates, stage.weight_decay)
     layers = replaced_layers(model)
     originals = conversion_of(model).originals
@@ -168,7 +180,12 @@ def language_stage(
     """
     stage = config.stage
     if number == 2:
-        rates = {"projection": stage.lr_projection2, "map": stage.lr_map2, "gate": stage.lr_gate, "score": 0.0}
+        rates = {
+            "projection": stage.lr_projection2,
+            "map": stage.lr_map2,
+            "gate": stage.lr_gate,
+            "score": 0.0,
+        }
         groups, names = local_groups(model, rates, stage.weight_decay)
     else:
         names, parameters = [], []
@@ -178,7 +195,9 @@ def language_stage(
             if parameter.requires_grad:
                 names.append(name)
                 parameters.append(parameter)
-        groups = [{"params": parameters, "lr": stage.lr_stage3, "name": "all", "weight_decay": stage.weight_decay}]
+        groups = [
+            {"params": parameters, "lr": stage.lr_stage3, "name": "all", "weight_decay": stage.weight_decay}
+        ]
     needs_teacher = stage.objective != "ce"
 
     @contextmanager
@@ -224,7 +243,8 @@ def final_hidden(model: PreTrainedModel, inputs: dict) -> Tensor:
 def head_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     """Hidden states to logits, with the scaling or soft cap that some families put on them.
 
-    Under autocast the weight is cast once here: autocast would cast a frozen one again for every chunk of tokens.
+    Under autocast the weight is cast once here: autocast would cast a frozen one again for every chunk of
+    tokens.
     """
     config = model.config.get_text_config(decoder=True)
     embedding = model.get_output_embeddings()
@@ -253,4 +273,6 @@ def check_head(model: PreTrainedModel, ids: Tensor) -> None:
     got = head_of(model)(final_hidden(model, {"input_ids": ids, "use_cache": False})).float()
     error = float((got - want).abs().max() / want.abs().max().clamp_min(1e-6))
     if not error < 1e-2:
-        raise UserError(f"{type(model).__name__} changes its logits after the output embedding in a way that is not known here.")
+        raise UserError(
+            f"{type(model).__name__} changes its logits after the output embedding in a way that is not known here."
+        )

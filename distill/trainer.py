@@ -38,7 +38,9 @@ def counts(model: nn.Module) -> tuple[int, int]:
     return tuple(sum(int(getattr(mixer, name, 0)) for mixer in mixers) for name in ("clamped", "nonfinite"))  # type: ignore[return-value]
 
 
-def train(model: nn.Module, stage: Stage, mixture: Mixture, config: Config, run_dir: Path, log: Logger) -> dict:
+def train(
+    model: nn.Module, stage: Stage, mixture: Mixture, config: Config, run_dir: Path, log: Logger
+) -> dict:
     """Run one stage, or what is left of it.
 
     Returns:
@@ -64,7 +66,11 @@ def train(model: nn.Module, stage: Stage, mixture: Mixture, config: Config, run_
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
     model.train()
     bar = tqdm(
-        range(progress.step, steps), initial=progress.step, total=steps, desc=f"stage {stage.number}: {NAMES[stage.number]}", leave=False
+        range(progress.step, steps),
+        initial=progress.step,
+        total=steps,
+        desc=f"stage {stage.number}: {NAMES[stage.number]}",
+        leave=False,
     )
     last: StepResult = {}
     for step in bar:
@@ -88,7 +94,13 @@ def train(model: nn.Module, stage: Stage, mixture: Mixture, config: Config, run_
         else:
             counters["skipped_steps"] += 1
             skipped_in_row += 1
-            logger.warning("stage %d, step %d: loss %s, gradient norm %s; the step is skipped", stage.number, step, last["loss"], norm)
+            logger.warning(
+                "stage %d, step %d: loss %s, gradient norm %s; the step is skipped",
+                stage.number,
+                step,
+                last["loss"],
+                norm,
+            )
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         now = counts(model)
@@ -113,7 +125,14 @@ def train(model: nn.Module, stage: Stage, mixture: Mixture, config: Config, run_
 
 
 def _log_step(
-    run_dir: Path, log: Logger, stage: int, step: int, losses: StepResult, counters: dict, rate: float, speed: float
+    run_dir: Path,
+    log: Logger,
+    stage: int,
+    step: int,
+    losses: StepResult,
+    counters: dict,
+    rate: float,
+    speed: float,
 ) -> None:
     """One line of train.jsonl, and the same to the logger."""
     line = {
@@ -130,4 +149,8 @@ def _log_step(
     }
     with (run_dir / "train.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
-    log.log({f"stage{stage}/{key}": value for key, value in line["losses"].items()} | {f"stage{stage}/loss": losses["loss"]}, counters["tokens"])
+    log.log(
+        {f"stage{stage}/{key}": value for key, value in line["losses"].items()}
+        | {f"stage{stage}/loss": losses["loss"]},
+        counters["tokens"],
+    )

@@ -10,5 +10,7 @@ def wide(x: Tensor) -> Tensor:
 
 
 def count_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of weights behind a running mean: fp64 counts tokens exactly to 2^53; where a device has none, fp32."""
+    """The dtype of weights behind a running mean: fp64 counts tokens exactly to 2^53; where a device has
+    none, fp32.
+    """
     return torch.float32 if device.type == "mps" else torch.float64

@@ -17,9 +17,11 @@ class State:
         score: `[B, G, (L + 1) S]` fp32, what decides about retention when a block leaves; None without pairs.
         weight: `[B, G, (L + 1) S]` fp32, the write gate of each local token; None without a memory.
         sink_keys, sink_values: `[B, G, n, D]`.
-        pair_keys, pair_values: `[B, G, K, D]`; pair_score `[B, G, K]` fp32, -inf in empty places; pair_position `[B, G, K]` int64;
-            pair_weight `[B, G, K]` fp32, the write gates, for a pair that later moves into the memory.
-        memory_M `[B, G, F, D]`, memory_z `[B, G, F]` fp32, memory_n `[B, G]`: see `kernels.linear_memory.chunk`.
+        pair_keys, pair_values: `[B, G, K, D]`; pair_score `[B, G, K]` fp32, -inf in empty places;
+            pair_position `[B, G, K]` int64; pair_weight `[B, G, K]` fp32, the write gates, for a pair that
+            later moves into the memory.
+        memory_M `[B, G, F, D]`, memory_z `[B, G, F]` fp32, memory_n `[B, G]`: see
+        `kernels.linear_memory.chunk`.
     """
 
     length: Tensor
@@ -49,7 +51,8 @@ class State:
 
 
 class ReplacedCacheLayer(CacheLayerMixin):
-    """One layer's place in a transformers cache. It counts every token it has seen, pads included, because masks are made from
+    """One layer's place in a transformers cache. It counts every token it has seen, pads included, because
+    masks are made from
     that count; the state itself counts real tokens only."""
 
     is_sliding = False
@@ -64,7 +67,9 @@ class ReplacedCacheLayer(CacheLayerMixin):
         """Nothing to do: the mixer makes the state in its first forward."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Never called by a replaced layer; an unreplaced one that lands here would lose its keys, so it is an error."""
+        """Never called by a replaced layer; an unreplaced one that lands here would lose its keys, so it is
+        an error.
+        """
         raise RuntimeError("this cache slot belongs to a replaced layer; its mixer keeps its own state.")
 
     def store(self, state: State, tokens: int) -> None:
@@ -141,7 +146,9 @@ def cache_slot(cache: Cache | None, layer_idx: int) -> ReplacedCacheLayer | None
     if isinstance(present, ReplacedCacheLayer):
         return present
     if present.is_initialized and present.get_seq_length() > 0:
-        raise RuntimeError(f"the cache holds keys of an unreplaced layer {layer_idx}; start from a fresh cache.")
+        raise RuntimeError(
+            f"the cache holds keys of an unreplaced layer {layer_idx}; start from a fresh cache."
+        )
     slot = ReplacedCacheLayer()
     cache.layers[layer_idx] = slot
     return slot

@@ -1,7 +1,8 @@
-"""The configuration of a run as dataclasses: what Hydra composes, what validation checks, what every part reads.
+"""The configuration of a run as dataclasses: what Hydra composes, what validation checks, what every part
+reads.
 
-Only plain types live here, so that the file can be read without Hydra. `conf/` holds the values; the defaults below
-are those of `+exp=infini budget=quick`.
+Only plain types live here, so that the file can be read without Hydra. `conf/` holds the values; the defaults
+below are those of `+exp=infini budget=quick`.
 """
 
 from dataclasses import dataclass, field
@@ -9,7 +10,9 @@ from dataclasses import dataclass, field
 
 @dataclass
 class ModelConfig:
-    """The teacher: `kind` is smollm2 (from the package index), hf (hub id), local (folder) or tiny (random, for tests)."""
+    """The teacher: `kind` is smollm2 (from the package index), hf (hub id), local (folder) or tiny (random,
+    for tests).
+    """
 
     kind: str = "smollm2"
     id: str | None = None
@@ -23,8 +26,9 @@ class ModelConfig:
 class AttentionConfig:
     """One attention variant and its options; see `replace/attention/` for the equations.
 
-    `window` counts the exact tokens before a query's own block and is a multiple of `block`; `local: segment` has none.
-    `scale` multiplies q and k before a feature map; None stands for the root of the teacher's softmax scale.
+    `window` counts the exact tokens before a query's own block and is a multiple of `block`; `local: segment`
+    has none. `scale` multiplies q and k before a feature map; None stands for the root of the teacher's
+    softmax scale.
     """
 
     name: str = "infini"
@@ -49,9 +53,9 @@ class AttentionConfig:
 class LayersConfig:
     """Which decoder layers get `attention`: `select` is all, list, every, first, last or retrieval.
 
-    `indices` serves `list`; `k` serves every (each k-th), first, last and retrieval (the k layers in which the teacher's
-    attention goes from the answer to the needle most strongly). `rest` is what the others get: keep, or a variant's name, which
-    then shares all options of `attention`.
+    `indices` serves `list`; `k` serves every (each k-th), first, last and retrieval (the k layers in which
+    the teacher's attention goes from the answer to the needle most strongly). `rest` is what the others get:
+    keep, or a variant's name, which then shares all options of `attention`.
     """
 
     select: str = "all"
@@ -64,8 +68,8 @@ class LayersConfig:
 class DataConfig:
     """The text: `kind` is index (from the package index), files or hf.
 
-    `recall` is the share of recall episodes among the rows of stages 2 and 3, `recall_transfer` that of stage 1, where they teach the
-    scores of retained pairs what a later question will look for.
+    `recall` is the share of recall episodes among the rows of stages 2 and 3, `recall_transfer` that of stage
+    1, where they teach the scores of retained pairs what a later question will look for.
     """
 
     kind: str = "index"
@@ -88,7 +92,9 @@ class StageBudget:
 
 @dataclass
 class EvalBudget:
-    """How much is measured: perplexity tokens a book, episodes a cell, the recall lengths between phases and at the end."""
+    """How much is measured: perplexity tokens a book, episodes a cell, the recall lengths between phases and
+    at the end.
+    """
 
     perplexity_tokens: int = 16384
     perplexity_length: int = 1024

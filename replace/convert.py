@@ -20,7 +20,9 @@ from replace.rotary import RotarySpec, family_rotation, measure_rotary, unrotate
 logger = logging.getLogger(__name__)
 
 IDENTITY_LIMIT = 1e-3
-"""Largest difference of the logits, relative to their largest magnitude, that an identity swap may show in fp32."""
+"""Largest difference of the logits, relative to their largest magnitude, that an identity swap may show in
+fp32.
+"""
 
 
 @dataclass
@@ -66,7 +68,9 @@ class Replacement:
 
 @dataclass
 class Conversion:
-    """What a swapped model carries along: its spec, the report, and the frozen originals if they were kept."""
+    """What a swapped model carries along: its spec, the report, and the frozen originals if they were
+    kept.
+    """
 
     spec: SwapSpec
     replacements: list[Replacement]
@@ -88,7 +92,9 @@ def attention_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
         and "cross" not in path
     ]
     if not found:
-        raise UserError(f"{type(model).__name__} has no attention layer that goes through transformers' attention interface.")
+        raise UserError(
+            f"{type(model).__name__} has no attention layer that goes through transformers' attention interface."
+        )
     return sorted(found, key=lambda item: item[1].layer_idx)
 
 
@@ -110,17 +116,20 @@ def conversion_of(model: nn.Module) -> Conversion:
     return conversion
 
 
-def swap(model: PreTrainedModel, spec: SwapSpec, *, keep_originals: bool = False, guard: bool = True) -> Conversion:
+def swap(
+    model: PreTrainedModel, spec: SwapSpec, *, keep_originals: bool = False, guard: bool = True
+) -> Conversion:
     """Replace the attention of the layers that `spec` names, in place.
 
     Args:
         model: a decoder that transformers loaded.
         keep_originals: keep frozen copies of the old attention layers, for `teacher_attention` and `restore`.
-        guard: check on a probe that capturing changes nothing and that un-rotating is exact (off only where an export that was
-            checked when it was made is loaded).
+        guard: check on a probe that capturing changes nothing and that un-rotating is exact (off only where
+            an export that was checked when it was made is loaded).
 
     Raises:
-        UserError: a layer does not exist, is replaced already, or cannot be captured; the model is then as it was.
+        UserError: a layer does not exist, is replaced already, or cannot be captured; the model is then as it
+            was.
     """
     layers = attention_layers(model)
     by_index = {module.layer_idx: (path, module) for path, module in layers}
@@ -130,7 +139,9 @@ def swap(model: PreTrainedModel, spec: SwapSpec, *, keep_originals: bool = False
         raise UserError("this model is already swapped; call restore(model) before another swap.")
     for index in spec.layers:
         if index not in by_index:
-            raise UserError(f"layers={index} is not possible; allowed: {min(by_index)} to {max(by_index)} for this model.")
+            raise UserError(
+                f"layers={index} is not possible; allowed: {min(by_index)} to {max(by_index)} for this model."
+            )
     if guard:
         spec.rotary = _probe(model, [by_index[i][1] for i in spec.layers])
         _identity_guard(model, {i: by_index[i] for i in spec.layers})
@@ -161,7 +172,8 @@ def swap(model: PreTrainedModel, spec: SwapSpec, *, keep_originals: bool = False
 
 
 def restore(model: PreTrainedModel) -> None:
-    """Undo `swap`: the old classes and configs come back, with the old weights where `keep_originals` kept them.
+    """Undo `swap`: the old classes and configs come back, with the old weights where `keep_originals` kept
+    them.
 
     Raises:
         UserError: the model was not swapped.
@@ -183,7 +195,9 @@ def restore(model: PreTrainedModel) -> None:
 
 
 def _beside(module: nn.Module, original: nn.Module) -> nn.Module:
-    """The kept original, on the device and in the dtype of the layer that replaced it: it does not move with the model."""
+    """The kept original, on the device and in the dtype of the layer that replaced it: it does not move with
+    the model.
+    """
     here, there = next(module.parameters()), next(original.parameters())
     if (here.device, here.dtype) != (there.device, there.dtype):
         original.to(here.device, here.dtype)
@@ -192,7 +206,8 @@ def _beside(module: nn.Module, original: nn.Module) -> nn.Module:
 
 @contextmanager
 def teacher_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Within the block the frozen originals attend in place of the replaced layers: the teacher, without a second model.
+    """Within the block the frozen originals attend in place of the replaced layers: the teacher, without a
+    second model.
 
     Raises:
         UserError: the originals were not kept.
@@ -220,7 +235,9 @@ def mixers(model: nn.Module) -> dict[int, nn.Module]:
 
 @torch.no_grad()
 def _probe(model: PreTrainedModel, modules: list[nn.Module]) -> dict[int, RotarySpec | None]:
-    """Run a short text and read each layer's rotary encoding off what its forward is given; check that un-rotating is exact."""
+    """Run a short text and read each layer's rotary encoding off what its forward is given; check that
+    un-rotating is exact.
+    """
     seen: dict[int, tuple[Tensor, Tensor] | None] = {}
     precise: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -229,7 +246,8 @@ def _probe(model: PreTrainedModel, modules: list[nn.Module]) -> dict[int, Rotary
         seen[module.layer_idx] = None if tables is None else precise.get(id(tables[0]), tables)
 
     def compute_precisely(module: nn.Module, args: tuple, kwargs: dict, tables: object) -> None:
-        # Families round their tables to the model's dtype; angles read off bf16 tables would be wrong by radians at position 512.
+        # Families round their tables to the model's dtype; angles read off bf16 tables would be wrong by
+        # radians at position 512.
         if isinstance(tables, tuple) and len(tables) == 2 and args:
             precise[id(tables[0])] = module.forward(args[0].float(), *args[1:], **kwargs)
             kept.append(tables)
@@ -250,7 +268,9 @@ def _probe(model: PreTrainedModel, modules: list[nn.Module]) -> dict[int, Rotary
     for module in modules:
         name = type(module).__name__
         if module.layer_idx not in seen:
-            raise UserError(f"{name} in layer {module.layer_idx} is not called by the model's forward, so it cannot be replaced.")
+            raise UserError(
+                f"{name} in layer {module.layer_idx} is not called by the model's forward, so it cannot be replaced."
+            )
         tables, function = seen[module.layer_idx], family_rotation(module)
         if tables is None or function is None:
             specs[module.layer_idx] = None
@@ -263,7 +283,9 @@ def _probe(model: PreTrainedModel, modules: list[nn.Module]) -> dict[int, Rotary
         turned = torch.cat([function(x[..., :width], x[..., :width], cos, sin)[0], x[..., width:]], dim=-1)
         error = float((unrotate(function, turned, turned, cos, sin)[0] - x).abs().max())
         if not error < 1e-4:
-            raise UserError(f"un-rotating the queries of {name} is off by {error:.1e}; this rotary encoding cannot be replaced.")
+            raise UserError(
+                f"un-rotating the queries of {name} is off by {error:.1e}; this rotary encoding cannot be replaced."
+            )
     return specs
 
 
@@ -276,7 +298,8 @@ def probe_ids(model: PreTrainedModel, length: int = 24) -> Tensor:
 
 @torch.no_grad()
 def _identity_guard(model: PreTrainedModel, layers: dict[int, tuple[str, nn.Module]]) -> None:
-    """Capture with the teacher's own softmax must give the teacher's logits, or the capture cannot be trusted.
+    """Capture with the teacher's own softmax must give the teacher's logits, or the capture cannot be
+    trusted.
 
     Raises:
         UserError: it does not; the model is as it was.
@@ -298,7 +321,9 @@ def _identity_guard(model: PreTrainedModel, layers: dict[int, tuple[str, nn.Modu
                 del module.mixer
         model.train(training)
     if silent:
-        raise UserError(f"layers {silent} of {type(model).__name__} bypass the capture, so they cannot be replaced.")
+        raise UserError(
+            f"layers {silent} of {type(model).__name__} bypass the capture, so they cannot be replaced."
+        )
     error = float((got - want).abs().max() / want.abs().max().clamp_min(1e-6))
     limit = IDENTITY_LIMIT if next(model.parameters()).dtype == torch.float32 else 5e-2
     if not error < limit:

@@ -1,4 +1,6 @@
-"""The one exception a person is meant to read: a sentence that names the field, the value and what is allowed."""
+"""The one exception a person is meant to read: a sentence that names the field, the value and what is
+allowed.
+"""
 
 from collections.abc import Iterable
 

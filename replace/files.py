@@ -1,4 +1,6 @@
-"""Writes that are either whole or not there: everything goes to a temporary name first and is then renamed."""
+"""Writes that are either whole or not there: everything goes to a temporary name first and is then
+renamed.
+"""
 
 import os
 import shutil

@@ -1,7 +1,9 @@
-"""One layer class for every family: transformers computes q, k and v and projects out; the mixer does what lies between.
+"""One layer class for every family: transformers computes q, k and v and projects out; the mixer does what
+lies between.
 
-The attention object stays what it was; its class becomes a subclass of its own class, made on the fly, and its config a shallow copy
-that names our attention function. So old parameters keep their names, and masks are still made from the model's own config.
+The attention object stays what it was; its class becomes a subclass of its own class, made on the fly, and
+its config a shallow copy that names our attention function. So old parameters keep their names, and masks are
+still made from the model's own config.
 """
 
 import copy
@@ -18,7 +20,8 @@ from replace.mixer import Call, Heads
 from replace.rotary import family_rotation, unrotate
 
 IMPLEMENTATION = f"layer_replace_{zlib.crc32(__name__.encode()):08x}"
-"""The name under which transformers' attention interface knows our function: another one in each copy of this file, because an
+"""The name under which transformers' attention interface knows our function: another one in each copy of this
+file, because an
 export that is loaded beside the project brings its own."""
 
 CACHE_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value")
@@ -26,7 +29,9 @@ CACHE_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value")
 
 
 class ReplacedAttention:
-    """Mixed into a family's attention class: takes the cache away from the family and hands the call's context through."""
+    """Mixed into a family's attention class: takes the cache away from the family and hands the call's
+    context through.
+    """
 
     mixer: nn.Module
     layer_idx: int
@@ -90,9 +95,7 @@ def replaced_attention(
         return mixer.attend(query, key, value, attention_mask, call).transpose(1, 2), None
     call.slot = cache_slot(cache, module.layer_idx)
     call.real = real_tokens(attention_mask, query.shape[2])
-    call.document = documents_of(
-        replace_context["position_ids"], call.real, (query.shape[0], query.shape[2])
-    )
+    call.document = documents_of(replace_context["position_ids"], call.real, (query.shape[0], query.shape[2]))
     if replace_context["rotary"] is not None and mixer.rotary is not None:
         query, key = unrotate(family_rotation(module), query, key, *replace_context["rotary"])
     query, key = query.to(value.dtype), key.to(value.dtype)
@@ -103,10 +106,12 @@ AttentionInterface.register(IMPLEMENTATION, replaced_attention)
 
 
 def real_tokens(mask: Tensor | None, tokens: int) -> Tensor | None:
-    """`[B, T]` bool, False for pads, read off the diagonal of a 4D mask: a token sees itself unless it is a pad.
+    """`[B, T]` bool, False for pads, read off the diagonal of a 4D mask: a token sees itself unless it is a
+    pad.
 
     Args:
-        mask: None (nothing is padded), bool `[B, 1, T, P]`, or additive float of that shape; the last T keys are the new tokens.
+        mask: None (nothing is padded), bool `[B, 1, T, P]`, or additive float of that shape; the last T keys
+            are the new tokens.
 
     Raises:
         UserError: a mask of another form.
@@ -114,18 +119,27 @@ def real_tokens(mask: Tensor | None, tokens: int) -> Tensor | None:
     if mask is None:
         return None
     if mask.ndim != 4:
-        raise UserError(f"an attention mask of {mask.ndim} dimensions cannot be read by a replaced layer; 4 are needed.")
+        raise UserError(
+            f"an attention mask of {mask.ndim} dimensions cannot be read by a replaced layer; 4 are needed."
+        )
     own = mask[:, 0, :, mask.shape[-1] - tokens :].diagonal(dim1=-2, dim2=-1)
     return own if own.dtype == torch.bool else own == 0
 
 
 def heads_of(attention: nn.Module) -> Heads:
-    """H, G, D and C of an attention module. G is the module's own, since a config may carry a figure that its family ignores."""
+    """H, G, D and C of an attention module.
+
+    G is the module's own, since a config may carry a figure that its family ignores.
+    """
     config = attention.config
     query = config.num_attention_heads
     shared = getattr(attention, "num_key_value_groups", None)
     key_value = query // shared if shared else getattr(attention, "num_key_value_heads", None) or query
-    dim = getattr(attention, "head_dim", None) or getattr(config, "head_dim", None) or config.hidden_size // query
+    dim = (
+        getattr(attention, "head_dim", None)
+        or getattr(config, "head_dim", None)
+        or config.hidden_size // query
+    )
     return Heads(query, key_value, dim, config.hidden_size)
 
 

@@ -1,7 +1,8 @@
 """From rows with pads, packed documents and a cache to block-aligned sequences, and back.
 
-Every attention variant sees one shape only: sequences of real tokens that start at a multiple of the block size, with `lookback`
-blocks before the first new one. Pads, packing and continued forwards are settled here, once.
+Every attention variant sees one shape only: sequences of real tokens that start at a multiple of the block
+size, with `lookback` blocks before the first new one. Pads, packing and continued forwards are settled here,
+once.
 """
 
 from dataclasses import dataclass
@@ -12,11 +13,13 @@ from torch import Tensor
 
 @dataclass
 class Layout:
-    """Where each token goes. N new blocks of S tokens follow L blocks of lookback; a "sequence" is a document of a row.
+    """Where each token goes. N new blocks of S tokens follow L blocks of lookback; a "sequence" is a document
+    of a row.
 
     Attributes:
         block: S. lookback: L. blocks: N.
-        start: `[Q]` int64, position of slot 0 (the first slot of the lookback) in each sequence; negative before the beginning.
+        start: `[Q]` int64, position of slot 0 (the first slot of the lookback) in each sequence; negative
+            before the beginning.
         length: `[Q]` int64, real tokens of each sequence, those before this call included.
         before: `[Q]` int64, real tokens before this call.
         row: `[Q]` the batch row of each sequence, or None where sequences are rows.
@@ -46,7 +49,9 @@ class Layout:
         assert self.row is not None
         index = self.source.clamp_min(0).view(-1, 1, slots, *[1] * (x.ndim - 3))
         taken = x[self.row].gather(2, index.expand(-1, x.shape[1], -1, *x.shape[3:]))
-        return torch.where(self.source.view(index.shape) >= 0, taken, torch.zeros((), dtype=x.dtype, device=x.device))
+        return torch.where(
+            self.source.view(index.shape) >= 0, taken, torch.zeros((), dtype=x.dtype, device=x.device)
+        )
 
     def back(self, y: Tensor) -> Tensor:
         """New slots to tokens: `[Q, X, N * S, D]` -> `[B, X, T, D]`; pads are 0."""
@@ -58,7 +63,9 @@ class Layout:
 
     def positions(self) -> Tensor:
         """`[Q, (L + N) * S]` int64: the position of each slot, negative before the beginning."""
-        return self.start.unsqueeze(1) + torch.arange((self.lookback + self.blocks) * self.block, device=self.start.device)
+        return self.start.unsqueeze(1) + torch.arange(
+            (self.lookback + self.blocks) * self.block, device=self.start.device
+        )
 
     def evicted(self) -> Tensor:
         """`[Q]`: how many blocks leave the exact part for good by the end of this call."""
@@ -68,9 +75,7 @@ class Layout:
 def plain_layout(batch: int, tokens: int, block: int, lookback: int, device: torch.device) -> Layout:
     """Rows without pads, documents or past: token t of a row is slot t."""
     full = torch.full((batch,), tokens, device=device)
-    return Layout(
-        block, lookback, -(-tokens // block), tokens, full * 0 - lookback * block, full, full * 0
-    )
+    return Layout(block, lookback, -(-tokens // block), tokens, full * 0 - lookback * block, full, full * 0)
 
 
 def general_layout(
@@ -136,8 +141,8 @@ def documents_of(position_ids: Tensor | None, real: Tensor | None, shape: tuple[
         position_ids: `[B or 1, T]`, or None. real: `[B, T]` bool or None. shape: (B, T).
 
     Returns:
-        `[B, T]` int64, or None where every row is one document. Pads do not count; across them positions may leap forward, so
-        that there only a fall is a new document.
+        `[B, T]` int64, or None where every row is one document. Pads do not count; across them positions may
+        leap forward, so that there only a fall is a new document.
     """
     if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] != shape[1] or shape[1] < 2:
         return None
@@ -148,7 +153,9 @@ def documents_of(position_ids: Tensor | None, real: Tensor | None, shape: tuple[
     if real is not None:
         position = position_ids.expand(shape)
         place = torch.arange(shape[1], device=real.device)
-        before = torch.where(real, place, -1).cummax(1).values[:, :-1]  # the last real token before each token
+        before = (
+            torch.where(real, place, -1).cummax(1).values[:, :-1]
+        )  # the last real token before each token
         fall = position[:, 1:] <= position.gather(1, before.clamp_min(0))
         jump = torch.where(before == place[:-1], jump, fall) & (before >= 0) & real[:, 1:]
     if not bool(jump.any()):

@@ -32,7 +32,10 @@ UPDATES.register("delta_bounded")(write_delta_bounded)
 
 
 class WriteGate(nn.Module):
-    """w_t = sigmoid(a.x_t + b) per key-value head: what is worth storing. a = b = 0 at the start, so all tokens weigh alike."""
+    """w_t = sigmoid(a.x_t + b) per key-value head: what is worth storing.
+
+    a = b = 0 at the start, so all tokens weigh alike.
+    """
 
     def __init__(self, heads: Heads) -> None:
         super().__init__()
@@ -42,7 +45,11 @@ class WriteGate(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden `[B, T, C]` -> `[B, G, T]` fp32 in (0, 1)."""
         x = wide(hidden)
-        return torch.nn.functional.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype)).sigmoid().transpose(1, 2)
+        return (
+            torch.nn.functional.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+            .sigmoid()
+            .transpose(1, 2)
+        )
 
 
 class MemoryMixer(BlockMixer):
@@ -51,12 +58,14 @@ class MemoryMixer(BlockMixer):
     has_memory = True
 
     holds_retained: ClassVar[bool] = True
-    """Whether the memory also holds the retained pairs (a read of its own), or only what was not retained (a shared denominator,
+    """Whether the memory also holds the retained pairs (a read of its own), or only what was not retained (a
+    shared denominator,
     where each pair must be in exactly one place)."""
 
     @classmethod
     def check(cls, options: AttentionConfig) -> None:
-        """As the base does; and where the memory lacks the retained pairs, self recall must be able to add them.
+        """As the base does; and where the memory lacks the retained pairs, self recall must be able to add
+        them.
 
         Raises:
             UserError: a score by self recall with an update whose order matters.
@@ -95,7 +104,8 @@ class MemoryMixer(BlockMixer):
         return wide(x) * scale
 
     def remember(self, blocks: Blocks, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-        """Read, for every query, the memory of what left the window before its block; then keep the written states.
+        """Read, for every query, the memory of what left the window before its block; then keep the written
+        states.
 
         Returns:
             phi(q) M `[Q, G, N, R S, D]`, phi(q).z `[Q, G, N, R S, 1]` and n `[Q, G, N, 1, 1]`.
@@ -125,10 +135,12 @@ class MemoryMixer(BlockMixer):
             k, v: `[Q, G, N, S, D]`. weight, positions: `[Q, G, N, S]`.
 
         Returns:
-            phi(k) `[Q, G, N, S, F]`; `[Q, G, N, S]` bool, False where a token was too large to be written; the state before each
-            block and after the last; `[Q, G, N]` bool, the limited updates.
+            phi(k) `[Q, G, N, S, F]`; `[Q, G, N, S]` bool, False where a token was too large to be written;
+            the state before each block and after the last; `[Q, G, N]` bool, the limited updates.
         """
-        phi_k = self.map_k(self._scaled(k.flatten(2, 3), positions.flatten(2, 3), call)).unflatten(2, k.shape[2:4])
+        phi_k = self.map_k(self._scaled(k.flatten(2, 3), positions.flatten(2, 3), call)).unflatten(
+            2, k.shape[2:4]
+        )
         v = wide(v)
         fits = torch.maximum(phi_k.detach().abs().amax(-1), v.detach().abs().amax(-1)) < LARGEST
         phi_k, weight = torch.where(fits.unsqueeze(-1), phi_k, 0), torch.where(fits, weight, 0)
@@ -137,7 +149,9 @@ class MemoryMixer(BlockMixer):
 
     @torch.no_grad()
     def scores(self, blocks: Blocks, key: Tensor, value: Tensor, call: Call) -> Tensor:
-        """As the base does; a score by self recall asks a memory of all older tokens, the retained ones included."""
+        """As the base does; a score by self recall asks a memory of all older tokens, the retained ones
+        included.
+        """
         assert self.score is not None
         if self.score.needs != "memory":
             return super().scores(blocks, key, value, call)

@@ -1,11 +1,14 @@
-"""The part that all block-wise variants share: what stays exact, what is retained, what leaves, and the state between calls.
+"""The part that all block-wise variants share: what stays exact, what is retained, what leaves, and the state
+between calls.
 
-Positions count the real tokens of a sequence; blocks of S tokens start at multiples of S. For a query in block i the exact keys are
-its own block up to itself, the L = window / S blocks before it, the first `sinks` tokens, and up to K retained pairs per key-value
-head. Everything else older than the window is offered to the memory, if the variant has one.
+Positions count the real tokens of a sequence; blocks of S tokens start at multiples of S. For a query in
+block i the exact keys are its own block up to itself, the L = window / S blocks before it, the first `sinks`
+tokens, and up to K retained pairs per key-value head. Everything else older than the window is offered to the
+memory, if the variant has one.
 
-All keys are kept without their position. For each block they are rotated inside the block's own frame, whose origin moves so that no
-distance exceeds `distance_cap`; while everything lies inside the cap the distances are the true ones.
+All keys are kept without their position. For each block they are rotated inside the block's own frame, whose
+origin moves so that no distance exceeds `distance_cap`; while everything lies inside the cap the distances
+are the true ones.
 """
 
 from dataclasses import dataclass, replace
@@ -31,7 +34,9 @@ VARIANTS: Registry[type[nn.Module]] = Registry("attention.name", "replace.attent
 
 @dataclass
 class Heads:
-    """The shape of one attention layer: H query heads, G key-value heads, D per head, C the width of its input."""
+    """The shape of one attention layer: H query heads, G key-value heads, D per head, C the width of its
+    input.
+    """
 
     query: int
     key_value: int
@@ -73,10 +78,12 @@ class Blocks:
     """One call in block-aligned form. Q sequences, N blocks of queries, W = (L + N) S slots.
 
     Attributes:
-        q: `[Q, H, N S, D]` position-free. k, v: `[Q, G, W, D]` position-free and finite. valid: `[Q, W]`, slots that hold a token.
+        q: `[Q, H, N S, D]` position-free. k, v: `[Q, G, W, D]` position-free and finite. valid: `[Q, W]`,
+            slots that hold a token.
         bad: `[Q, G, W]`, tokens whose key or value was not finite (they are zero in k and v).
         state: the state before the call, or None. score, weight: `[Q, G, W]` fp32 or None.
-        selection: the retained pairs before each block. pool_k, pool_v: `[Q, G, K + N S, D]` what its indices point into.
+        selection: the retained pairs before each block. pool_k, pool_v: `[Q, G, K + N S, D]` what its indices
+            point into.
         written: the memory before each block and after the last, where the variant has one.
     """
 
@@ -101,7 +108,8 @@ class Blocks:
 
 
 class Part(NamedTuple):
-    """Exact keys and values of each block `[Q, G, N, P, D]`, their positions `[Q, 1 or G, N, P]`, and which of them
+    """Exact keys and values of each block `[Q, G, N, P, D]`, their positions `[Q, 1 or G, N, P]`, and which
+    of them
     each query sees `[Q, 1 or G, N, 1 or S, P]` bool."""
 
     k: Tensor
@@ -132,7 +140,9 @@ class BlockMixer(nn.Module):
         if options.pairs and SCORES.get(options.pairs_score).needs == "memory" and not cls.has_memory:
             others = [name for name in SCORES.names() if SCORES.get(name).needs != "memory"]
             raise bad_value(
-                "attention.pairs_score", options.pairs_score, f"{', '.join(others)}, where a variant has no memory"
+                "attention.pairs_score",
+                options.pairs_score,
+                f"{', '.join(others)}, where a variant has no memory",
             )
 
     def __init__(self, options: AttentionConfig, heads: Heads, rotary: RotarySpec | None) -> None:
@@ -155,7 +165,8 @@ class BlockMixer(nn.Module):
         """Whether a map decides about retention that stage 1 can teach."""
         return isinstance(self.score, LearnedScore)
 
-    # The call ------------------------------------------------------------------------------------------------------
+    # The call
+    # ------------------------------------------------------------------------------------------------------
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
         """Attend.
@@ -185,7 +196,8 @@ class BlockMixer(nn.Module):
         """Join the exact part `[Q, G, N, R S, D]` with whatever else the variant has."""
         return exact
 
-    # From tokens to blocks -----------------------------------------------------------------------------------------
+    # From tokens to blocks
+    # -----------------------------------------------------------------------------------------
 
     def arrange(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Blocks:
         """Tokens to block-aligned slots, with the local part of the cache in front."""
@@ -217,10 +229,14 @@ class BlockMixer(nn.Module):
         return Blocks(layout, layout.new(query), k, v, valid, bad, state)
 
     def _with_past(self, layout: Layout, new: Tensor, past: Tensor | None) -> Tensor:
-        """Put the lookback (and what the cache holds of the first block) before the new slots: dim 2 grows by L S."""
+        """Put the lookback (and what the cache holds of the first block) before the new slots: dim 2 grows
+        by L S.
+        """
         held = self.lookback * self.block
         if past is None:
-            return torch.cat([new.new_zeros(*new.shape[:2], held, *new.shape[3:]), new], dim=2) if held else new
+            return (
+                torch.cat([new.new_zeros(*new.shape[:2], held, *new.shape[3:]), new], dim=2) if held else new
+            )
         phase = (layout.before % self.block).view(-1, 1, 1, *[1] * (new.ndim - 3))
         slots = torch.arange(self.block, device=new.device).view(1, 1, -1, *[1] * (new.ndim - 3))
         first = torch.where(slots < phase, past[:, :, held:].to(new.dtype), new[:, :, : self.block])
@@ -238,7 +254,9 @@ class BlockMixer(nn.Module):
 
     @torch.no_grad()
     def scores(self, blocks: Blocks, key: Tensor, value: Tensor, call: Call) -> Tensor:
-        """`[Q, G, W]` fp32: what decides about retention, settled for the blocks that leave; see `replace.scores`."""
+        """`[Q, G, W]` fp32: what decides about retention, settled for the blocks that leave; see
+        `replace.scores`.
+        """
         assert self.score is not None
         layout, needs = blocks.layout, self.score.needs
         past = None if blocks.state is None else blocks.state.score
@@ -289,10 +307,13 @@ class BlockMixer(nn.Module):
         blocks.pool_k = torch.cat([past_k.to(blocks.k.dtype), blocks.k[:, :, blocks.leaving]], dim=2)
         blocks.pool_v = torch.cat([past_v.to(blocks.v.dtype), blocks.v[:, :, blocks.leaving]], dim=2)
 
-    # The exact part ------------------------------------------------------------------------------------------------
+    # The exact part
+    # ------------------------------------------------------------------------------------------------
 
     def attend_exactly(self, blocks: Blocks, call: Call) -> tuple[Tensor, Tensor | None]:
-        """Softmax over sinks, retained pairs and window: `[Q, G, N, R S, D]`, and the log-denominator if needed."""
+        """Softmax over sinks, retained pairs and window: `[Q, G, N, R S, D]`, and the log-denominator if
+        needed.
+        """
         parts = [*self._sink_part(blocks), *self._pair_part(blocks), self._window_part(blocks, call)]
         q, k, v, mask = self._in_frame(blocks, parts)
         if not (self.needs_mass or call.softcap is not None or call.sink_logit is not None):
@@ -327,7 +348,9 @@ class BlockMixer(nn.Module):
     def _window_part(self, blocks: Blocks, call: Call) -> Part:
         """Each block and the L before it."""
         size, span = self.block, (self.lookback + 1) * self.block
-        slots = self._window_start(blocks).unsqueeze(-1) + torch.arange(span, device=blocks.k.device)  # [Q, N, span]
+        slots = self._window_start(blocks).unsqueeze(-1) + torch.arange(
+            span, device=blocks.k.device
+        )  # [Q, N, span]
         k, v = (x.unfold(2, span, size).transpose(-1, -2) for x in (blocks.k, blocks.v))
         return Part(k, v, slots.unsqueeze(1), self._window_mask(blocks, call, slots).unsqueeze(1))
 
@@ -337,7 +360,9 @@ class BlockMixer(nn.Module):
         return layout.start.unsqueeze(1) + torch.arange(layout.blocks, device=blocks.k.device) * self.block
 
     def _in_frame(self, blocks: Blocks, parts: list[Part]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Queries `[Q, G, N, R S, D]`, keys and values `[Q, G, N, P, D]` rotated in each block's frame, and the mask."""
+        """Queries `[Q, G, N, R S, D]`, keys and values `[Q, G, N, P, D]` rotated in each block's frame, and
+        the mask.
+        """
         count, size = blocks.layout.blocks, self.block
         groups, repeat = self.heads.key_value, self.heads.repeat
         k = torch.cat([part.k for part in parts], dim=3)
@@ -352,7 +377,11 @@ class BlockMixer(nn.Module):
             q = self.rotary(q, (own - origin.unsqueeze(-1)).clamp_min(0).unsqueeze(1))
             frame = [(part.position - origin[:, None, :, None]).clamp_min(0) for part in parts]
             k = self.rotary(k, torch.cat([f.expand(-1, groups, -1, -1) for f in frame], dim=-1))
-        q = q.unflatten(1, (groups, repeat)).transpose(2, 3).reshape(-1, groups, count, repeat * size, q.shape[-1])
+        q = (
+            q.unflatten(1, (groups, repeat))
+            .transpose(2, 3)
+            .reshape(-1, groups, count, repeat * size, q.shape[-1])
+        )
         return q, k, v, mask
 
     def _sink_logit(self, call: Call) -> Tensor | None:
@@ -363,14 +392,18 @@ class BlockMixer(nn.Module):
         return per_head.expand(-1, -1, -1, -1, self.block, -1).flatten(3, 4)
 
     def _origin(self, window_start: Tensor) -> Tensor:
-        """`[Q, N]`: position 0 of each block's frame, so that the block's last query is at most `distance_cap`."""
+        """`[Q, N]`: position 0 of each block's frame, so that the block's last query is at most
+        `distance_cap`.
+        """
         cap = self.options.distance_cap
         if cap is None:
             return torch.zeros_like(window_start)
         return (window_start + (self.lookback + 1) * self.block - 1 - cap).clamp_min(0)
 
     def _window_mask(self, blocks: Blocks, call: Call, slots: Tensor) -> Tensor:
-        """`[Q, N, S, span]`: which window slots each query sees; always itself, so that no row of the softmax is empty."""
+        """`[Q, N, S, span]`: which window slots each query sees; always itself, so that no row of the
+        softmax is empty.
+        """
         size, span = self.block, slots.shape[-1]
         own = torch.arange(span - size, span, device=slots.device).unsqueeze(-1)
         key = torch.arange(span, device=slots.device)
@@ -382,7 +415,8 @@ class BlockMixer(nn.Module):
         return mask | (key == own)
 
     def _sinks(self, blocks: Blocks) -> tuple[Tensor, Tensor, Tensor]:
-        """The first tokens of each sequence `[Q, G, n, D]`: still local while block 0 is, from the state afterwards; and
+        """The first tokens of each sequence `[Q, G, n, D]`: still local while block 0 is, from the state
+        afterwards; and
         `[Q, G, n]` bool, which of them are not finite."""
         count = self.options.sinks
         slot = (-blocks.layout.start).clamp_min(0)[:, None] + torch.arange(count, device=blocks.k.device)
@@ -411,7 +445,9 @@ class BlockMixer(nn.Module):
         return torch.cat([past, local], dim=2)
 
     def _poison(self, blocks: Blocks, out: Tensor) -> Tensor:
-        """A query whose window holds a non-finite key or value gets NaN, as the teacher's would; the memory skips such tokens."""
+        """A query whose window holds a non-finite key or value gets NaN, as the teacher's would; the memory
+        skips such tokens.
+        """
         size, span = self.block, (self.lookback + 1) * self.block
         fresh = blocks.valid & (blocks.layout.positions() >= blocks.layout.before.unsqueeze(1))
         self.nonfinite = self.nonfinite + (blocks.bad & fresh.unsqueeze(1)).sum()
@@ -426,7 +462,8 @@ class BlockMixer(nn.Module):
         out = out.unflatten(3, (self.heads.repeat, self.block))
         return out.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
-    # The state -----------------------------------------------------------------------------------------------------
+    # The state
+    # -----------------------------------------------------------------------------------------------------
 
     def next_state(self, blocks: Blocks) -> State:
         """The state of each sequence after this call."""

@@ -17,8 +17,12 @@ CHUNK = 128
 Look = Callable[[nn.Module, Tensor, Tensor, float], None]
 
 
-def observed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs):
-    """The module's own attention function, after the observer has seen q `[B, H, T, D]` and k `[B, G, T, D]`."""
+def observed_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs
+):
+    """The module's own attention function, after the observer has seen q `[B, H, T, D]` and k `[B, G, T,
+    D]`.
+    """
     name, look = module.layer_replace_observer
     scaling = kwargs.get("scaling")
     look(module, query, key, query.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -31,7 +35,9 @@ AttentionInterface.register(OBSERVED, observed_attention)
 
 @contextmanager
 def observe(modules: list[nn.Module], look: Look) -> Iterator[None]:
-    """Within the block `look(module, q, k, scaling)` is called for each of these attention modules in every forward."""
+    """Within the block `look(module, q, k, scaling)` is called for each of these attention modules in every
+    forward.
+    """
     configs = [module.config for module in modules]
     try:
         for module, config in zip(modules, configs, strict=True):
@@ -47,15 +53,16 @@ def observe(modules: list[nn.Module], look: Look) -> Iterator[None]:
 
 @torch.no_grad()
 def later_attention(query: Tensor, key: Tensor, scaling: float, gap: int) -> Tensor:
-    """How much each token is attended to once it has left the window: the teacher's word on what is worth retaining.
+    """How much each token is attended to once it has left the window: the teacher's word on what is worth
+    retaining.
 
     Args:
         query: `[B, H, T, D]`; key: `[B, G, T, D]`, rotated.
         gap: only queries of chunks that begin at least this many tokens after the key count.
 
     Returns:
-        `[B, G, T]` fp32: the largest attention probability over those queries and over the heads that share the key-value head; 0 for
-        tokens near the end, which no counted query follows.
+        `[B, G, T]` fp32: the largest attention probability over those queries and over the heads that share
+        the key-value head; 0 for tokens near the end, which no counted query follows.
     """
     batch, heads, length, _ = query.shape
     groups = key.shape[1]

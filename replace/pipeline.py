@@ -84,7 +84,9 @@ def run(config: Config, run_dir: Path) -> dict:
                 result |= measure(model, tokenizer, config, phase=f"stage{number}", final=last, using=using)
                 result["training"] = training
 
-    export(model, tokenizer, run_dir / "model", provenance=json.loads((run_dir / "provenance.json").read_text()))
+    export(
+        model, tokenizer, run_dir / "model", provenance=json.loads((run_dir / "provenance.json").read_text())
+    )
     conclude(metrics, parts_of(model))
     write_metrics(run_dir, metrics)
     write_report(run_dir)
@@ -107,7 +109,9 @@ def prepare(config: Config, run_dir: Path) -> None:
 
 @contextmanager
 def phase(metrics: dict, run_dir: Path, name: str, log: Logger) -> Iterator[dict | None]:
-    """Yield the dict to fill for a phase, or None if an earlier try of this run has measured it; keep it when the block ends."""
+    """Yield the dict to fill for a phase, or None if an earlier try of this run has measured it; keep it
+    when the block ends.
+    """
     if name in metrics["phases"]:
         logger.info("%s was measured already", name)
         yield None
@@ -119,7 +123,10 @@ def phase(metrics: dict, run_dir: Path, name: str, log: Logger) -> Iterator[dict
     metrics["wall_seconds"][name] = round(time.perf_counter() - began, 1)
     write_metrics(run_dir, metrics)
     books = result.get("perplexity", {})
-    log.log({f"{name}/perplexity/{book}": figures["ppl"] for book, figures in books.items()}, step=len(metrics["phases"]))
+    log.log(
+        {f"{name}/perplexity/{book}": figures["ppl"] for book, figures in books.items()},
+        step=len(metrics["phases"]),
+    )
     for book, figures in books.items():
         logger.info("%s: perplexity %.2f on %s", name, figures["ppl"], book)
 
@@ -135,7 +142,7 @@ def choose(config: Config, loaded: Loaded, documents: list[Document], run_dir: P
             atomic_write(path, json.dumps(scores, indent=1))
         scores = {int(i): score for i, score in json.loads(path.read_text()).items()}
         chosen = retrieval_layers(scores, config.layers.k)
-    spec = {i: config.attention for i in chosen}
+    spec = dict.fromkeys(chosen, config.attention)
     if config.layers.rest != "keep":
         rest: AttentionConfig = copy.copy(config.attention)
         rest.name = config.layers.rest
@@ -154,12 +161,16 @@ def adopt(model: nn.Module, config: Config, first: int) -> None:
     for number in range(1, first):
         folder = Path(config.source).expanduser() / "checkpoints" / f"stage{number}"
         if load_stage(folder, model) is None:
-            raise UserError(f"from={config.source!r} is not possible; allowed: a run that has finished stage {number}.")
+            raise UserError(
+                f"from={config.source!r} is not possible; allowed: a run that has finished stage {number}."
+            )
         logger.info("stage %d is taken from %s", number, config.source)
 
 
 def describe(model: PreTrainedModel, conversion: Conversion, using: Yardstick) -> list[dict]:
-    """The replaced layers for the report: classes, parameters, state bytes, and how the old layer's output was distributed."""
+    """The replaced layers for the report: classes, parameters, state bytes, and how the old layer's output
+    was distributed.
+    """
     cache = DynamicCache(config=model.config)
     training = model.training
     with torch.no_grad():
@@ -191,7 +202,9 @@ def distribution(x: Tensor) -> dict[str, float]:
 
 
 def _stage(model: PreTrainedModel, config: Config, number: int) -> Stage:
-    """The stage as data; stage 3 changes what the teacher shares with the student, so it gets a second model."""
+    """The stage as data; stage 3 changes what the teacher shares with the student, so it gets a second
+    model.
+    """
     if number == 1:
         return transfer_stage(model, config)
     if number == 2 or config.stage.objective == "ce":
@@ -230,7 +243,16 @@ def _write_provenance(run_dir: Path, config: Config, loaded: Loaded, documents: 
     """Versions, commit, command, data and model, so that every figure can be traced."""
     if (run_dir / "provenance.json").exists():
         return
-    packages = ("torch", "transformers", "accelerate", "peft", "hydra-core", "numpy", "lm-eval", "layer-replace")
+    packages = (
+        "torch",
+        "transformers",
+        "accelerate",
+        "peft",
+        "hydra-core",
+        "numpy",
+        "lm-eval",
+        "layer-replace",
+    )
     about = {
         "command": " ".join(["python", "-m", "replace", *sys.argv[1:]]),
         "seed": config.seed,
@@ -252,7 +274,12 @@ def _git(*arguments: str) -> str | None:
     """What git says of the project's folder; None where there is no git or no repository."""
     try:
         done = subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False, timeout=10
+            ["git", *arguments],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=10,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

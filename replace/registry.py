@@ -1,4 +1,6 @@
-"""Names for things: attention variants, feature maps and scores, each found by the name that a config gives."""
+"""Names for things: attention variants, feature maps and scores, each found by the name that a config
+gives.
+"""
 
 import importlib
 import pkgutil
@@ -30,7 +32,9 @@ class Registry(Generic[T]):
 
         def enter(entry: T) -> T:
             present = self._entries.get(name)
-            if present is not None and getattr(present, "__qualname__", None) != getattr(entry, "__qualname__", None):
+            if present is not None and getattr(present, "__qualname__", None) != getattr(
+                entry, "__qualname__", None
+            ):
                 raise UserError(f"{self.field}={name!r} is registered twice, by {present!r} and {entry!r}.")
             self._entries[name] = entry
             return entry

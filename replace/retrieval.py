@@ -1,4 +1,6 @@
-"""Where a memory is worth having: the layers in which the teacher looks from the answer back to the needle."""
+"""Where a memory is worth having: the layers in which the teacher looks from the answer back to the
+needle.
+"""
 
 import logging
 import random
@@ -21,7 +23,8 @@ EPISODES, LENGTH = 8, 512
 def retrieval_scores(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: list[Document], seed: int = 0
 ) -> dict[int, float]:
-    """For each decoder layer, the largest share of attention that one head puts on the needle while it gives the answer.
+    """For each decoder layer, the largest share of attention that one head puts on the needle while it gives
+    the answer.
 
     Measured on seeded pass-key episodes in training text, 8 of 512 tokens.
 
@@ -36,11 +39,15 @@ def retrieval_scores(
     for number in range(EPISODES):
         episode = make_episode(tokenizer, rng, limit, (number + 0.5) / EPISODES * 0.8, "passkey", source)
 
-        def look(module: nn.Module, query: Tensor, key: Tensor, scaling: float, episode: Episode = episode) -> None:
+        def look(
+            module: nn.Module, query: Tensor, key: Tensor, scaling: float, episode: Episode = episode
+        ) -> None:
             total[module.layer_idx] += _share(query, key, scaling, episode) / EPISODES
 
         with observe(layers, look):
-            model(input_ids=episode.input_ids.unsqueeze(0).to(model.device), use_cache=False, logits_to_keep=1)
+            model(
+                input_ids=episode.input_ids.unsqueeze(0).to(model.device), use_cache=False, logits_to_keep=1
+            )
     return total
 
 

@@ -1,8 +1,10 @@
 """Rotary position encoding at positions of our own choosing, measured from the family's own function.
 
-A replaced layer needs keys without their position (for the memory) and keys at positions other than their own (for distances that
-are capped). Families differ in which dimensions they rotate, how they pair them and how they scale their tables, so none of it is
-assumed: the family's function is applied to the unit vectors at position 1, and the matrix that comes out says everything.
+A replaced layer needs keys without their position (for the memory) and keys at positions other than their own
+(for distances that are capped). Families differ in which dimensions they rotate, how they pair them and how
+they scale their tables, so none of it is
+assumed: the family's function is applied to the unit vectors at position 1, and the matrix that comes out
+    says everything.
 """
 
 import sys
@@ -40,10 +42,12 @@ def family_rotation(attention: nn.Module):
 
 
 def unrotate(function, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Take the position out of q `[B, H, T, D]` and k `[B, G, T, D]` with the family's own function and tables `[B, T, R]`.
+    """Take the position out of q `[B, H, T, D]` and k `[B, G, T, D]` with the family's own function and
+    tables `[B, T, R]`.
 
-    The inverse of a plane rotation scaled by r is that by the negative angle divided by r^2, and cos^2 + sin^2 = r^2 holds entry by
-    entry however the tables are scaled (YaRN) or rounded (bf16); so the division goes into the small tables.
+    The inverse of a plane rotation scaled by r is that by the negative angle divided by r^2, and cos^2 +
+    sin^2 = r^2 holds entry by entry however the tables are scaled (YaRN) or rounded (bf16); so the division
+    goes into the small tables.
     """
     cos, sin, width = wide(cos), wide(sin), _rotated_width(cos, q.shape[-1])
     square = cos.square() + sin.square()
@@ -55,7 +59,9 @@ def unrotate(function, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[
 
 
 def _rotated_width(cos: Tensor, width: int) -> int:
-    """How many leading dimensions a call rotates: as many as the table is wide, unless the table is half-width."""
+    """How many leading dimensions a call rotates: as many as the table is wide, unless the table is
+    half-width.
+    """
     return min(cos.shape[-1], width)
 
 
@@ -72,9 +78,14 @@ def measure_rotary(function, cos: Tensor, sin: Tensor, head_dim: int) -> RotaryS
     width = _rotated_width(cos, head_dim)
     unit = torch.eye(width, dtype=torch.float32, device=cos.device).view(width, 1, 1, width)
     table = [t[:1, 1:2].float().expand(width, 1, -1) for t in (cos, sin)]
-    matrix = function(unit, unit, *table)[0].view(width, width).double().cpu()  # row i: where dimension i goes
+    matrix = (
+        function(unit, unit, *table)[0].view(width, width).double().cpu()
+    )  # row i: where dimension i goes
     half = torch.arange(width // 2)
-    for pairing, first, second in (("half", half, half + width // 2), ("interleaved", 2 * half, 2 * half + 1)):
+    for pairing, first, second in (
+        ("half", half, half + width // 2),
+        ("interleaved", 2 * half, 2 * half + 1),
+    ):
         c, s = matrix[first, first], matrix[first, second]
         rebuilt = torch.zeros_like(matrix)
         rebuilt[first, first], rebuilt[second, second] = c, c
@@ -82,11 +93,15 @@ def measure_rotary(function, cos: Tensor, sin: Tensor, head_dim: int) -> RotaryS
         if torch.allclose(rebuilt, matrix, atol=1e-5):
             scaling = float((c.square() + s.square()).sqrt().mean())
             return RotarySpec(torch.atan2(s, c).tolist(), pairing, round(scaling, 6))
-    raise UserError("the model's rotary encoding is neither paired by halves nor interleaved, so it cannot be replaced.")
+    raise UserError(
+        "the model's rotary encoding is neither paired by halves nor interleaved, so it cannot be replaced."
+    )
 
 
 class Rotary(nn.Module):
-    """Rotates by position with a measured `RotarySpec`; positions are small integers inside a block's own frame."""
+    """Rotates by position with a measured `RotarySpec`; positions are small integers inside a block's own
+    frame.
+    """
 
     def __init__(self, spec: RotarySpec, table: int) -> None:
         super().__init__()
@@ -102,7 +117,8 @@ class Rotary(nn.Module):
         return (phase.cos() * self.spec.scaling).to(dtype), (phase.sin() * self.spec.scaling).to(dtype)
 
     def forward(self, x: Tensor, positions: Tensor, absolute: bool = False) -> Tensor:
-        """Rotate `x [..., N, D]` to integer `positions [..., N]` (broadcast); fp32 inside, fp32 out (fp64 stays).
+        """Rotate `x [..., N, D]` to integer `positions [..., N]` (broadcast); fp32 inside, fp32 out (fp64
+        stays).
 
         `absolute`: the positions are those of the text rather than of a frame, and may exceed the table.
         """
@@ -121,7 +137,9 @@ class Rotary(nn.Module):
         return torch.cat([first, second, rest] if rest.shape[-1] else [first, second], dim=-1)
 
     def _look_up(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Tables from a cache of the positions below `table`, the only ones a capped frame has; else computed."""
+        """Tables from a cache of the positions below `table`, the only ones a capped frame has; else
+        computed.
+        """
         if not self.table:
             return self.tables(positions, dtype)
         key = (positions.device, dtype)

@@ -1,13 +1,15 @@
 """Which pairs to retain: one number per token and key-value head; the highest stay.
 
-A score is final when the token's block leaves the window and depends on nothing later, so that it cannot leak the future. What a
-score is given is said by `needs`:
+A score is final when the token's block leaves the window and depends on nothing later, so that it cannot leak
+the future. What a score is given is said by `needs`:
 
 - `token`: forward(hidden `[B, T, C]`, key, value `[B, G, T, D]`) -> `[B, G, T]`;
 - `position`: forward(positions `[Q, W]` int64) -> `[Q, G, W]`;
-- `window`: forward(weights `[Q, G, N, R, S, P]`, how the R S queries of each block attend to the P slots of its window) ->
+- `window`: forward(weights `[Q, G, N, R, S, P]`, how the R S queries of each block attend to the P slots of
+its window) ->
   `[Q, G, N, P]`, summed over the blocks that see a slot;
-- `memory`: forward(value, answer, both `[Q, G, N, S, D]`, the leaving values and what the memory of all older tokens answers to
+- `memory`: forward(value, answer, both `[Q, G, N, S, D]`, the leaving values and what the memory of all older
+tokens answers to
   their keys) -> `[Q, G, N, S]`.
 """
 
@@ -30,8 +32,9 @@ class Score(nn.Module):
 
     Attributes:
         needs: see the module.
-        grid: scores are rounded to 1 / grid. Equal tokens have equal scores up to rounding noise, which would otherwise decide,
-            differently in each cut of the same text, which of them is kept; on a grid they tie, and the earlier one stays.
+        grid: scores are rounded to 1 / grid. Equal tokens have equal scores up to rounding noise, which would
+            otherwise decide, differently in each cut of the same text, which of them is kept; on a grid they
+            tie, and the earlier one stays.
     """
 
     needs: ClassVar[str] = "token"
@@ -42,18 +45,23 @@ class Score(nn.Module):
         self.groups = heads.key_value
 
     def final(self, score: Tensor) -> Tensor:
-        """On the grid, and finite: a score that overflowed is the lowest, or its pair would be in no place at all."""
+        """On the grid, and finite: a score that overflowed is the lowest, or its pair would be in no place
+        at all.
+        """
         lowest = torch.finfo(score.dtype).min
         return ((score * self.grid).round() / self.grid).nan_to_num(lowest, lowest, lowest)
 
 
 PRIOR = -2.7
-"""The logit of 6 %, the share of tokens that are worth retaining: from 0 the map spends its first hundred rows on learning it."""
+"""The logit of 6 %, the share of tokens that are worth retaining: from 0 the map spends its first hundred
+rows on learning it.
+"""
 
 
 @SCORES.register("learned")
 class LearnedScore(Score):
-    """One linear map of the attention layer's input per layer, taught by the teacher's later attention (stage 1).
+    """One linear map of the attention layer's input per layer, taught by the teacher's later attention (stage
+    1).
 
     At the start all scores are equal, so the earliest tokens are kept.
     """
@@ -71,7 +79,10 @@ class LearnedScore(Score):
 
 @SCORES.register("key_norm")
 class KeyNormScore(Score):
-    """The negative norm of the key: keys of small norm attract attention (Devoto et al. 2024). No parameters."""
+    """The negative norm of the key: keys of small norm attract attention (Devoto et al. 2024).
+
+    No parameters.
+    """
 
     def forward(self, hidden: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """key `[B, G, T, D]` -> `[B, G, T]` fp32."""
@@ -80,7 +91,9 @@ class KeyNormScore(Score):
 
 @SCORES.register("random")
 class RandomScore(Score):
-    """A fixed hash of position and head: a baseline that knows nothing, yet the same however the text was cut."""
+    """A fixed hash of position and head: a baseline that knows nothing, yet the same however the text was
+    cut.
+    """
 
     needs = "position"
 
@@ -96,18 +109,25 @@ class RandomScore(Score):
 
 @SCORES.register("attention")
 class AttentionScore(Score):
-    """The attention that a token receives while it is in the window (Zhang et al. 2023, H2O, for a bounded time)."""
+    """The attention that a token receives while it is in the window (Zhang et al.
+
+    2023, H2O, for a bounded time).
+    """
 
     needs = "window"
 
     def forward(self, weights: Tensor) -> Tensor:
-        """weights `[Q, G, N, R, S, P]` -> `[Q, G, N, P]`: the largest of the group's heads, summed over the queries."""
+        """weights `[Q, G, N, R, S, P]` -> `[Q, G, N, P]`: the largest of the group's heads, summed over the
+        queries.
+        """
         return weights.amax(3).sum(3)
 
 
 @SCORES.register("self_recall")
 class SelfRecallScore(Score):
-    """How badly the memory answers for a token with its own key (McDermott et al. 2025, LoLA); what it knows need not be kept."""
+    """How badly the memory answers for a token with its own key (McDermott et al. 2025, LoLA); what it knows
+    need not be kept.
+    """
 
     needs = "memory"
     grid = 2**16  # residuals are of the size of values, which may be small throughout

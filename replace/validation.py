@@ -176,7 +176,9 @@ def _check_layers(layers: LayersConfig, count: int) -> None:
         )
         _require(len(set(indices)) == len(indices), "layers.indices", indices, "each layer once")
     elif layers.select == "retrieval":
-        _require(layers.k >= 1, "layers.k", layers.k, "at least 1; a model with fewer layers gives all of them")
+        _require(
+            layers.k >= 1, "layers.k", layers.k, "at least 1; a model with fewer layers gives all of them"
+        )
     elif layers.select != "all":
         _require(1 <= layers.k <= count, "layers.k", layers.k, f"1 to {count}, the model's layers")
 

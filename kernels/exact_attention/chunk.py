@@ -7,13 +7,16 @@ from torch.nn import functional as F
 from kernels.numerics import wide
 
 
-def exact_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float, dropout: float = 0.0) -> Tensor:
+def exact_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float, dropout: float = 0.0
+) -> Tensor:
     """softmax(scaling q k^T) v by torch's fused attention.
 
     Args:
         q: `[B, G, N, Q, D]`, Q = R * S the queries of one block of all R heads that share a key-value head.
         k: `[B, G, N, K, D]`; v: `[B, G, N, K, Dv]`.
-        mask: bool, broadcastable to `[B, G, N, Q, K]`, True where a key is seen; every query sees at least one.
+        mask: bool, broadcastable to `[B, G, N, Q, K]`, True where a key is seen; every query sees at least
+            one.
 
     Returns:
         `[B, G, N, Q, Dv]` in the dtype of v.

@@ -7,7 +7,8 @@ from torch import Tensor
 
 
 def exact_keys(t: int, block: int, lookback: int, sinks: int, retained: list[int]) -> list[int]:
-    """Positions that stay exact for the query at position t: its own block up to t, `lookback` blocks before it, the first
+    """Positions that stay exact for the query at position t: its own block up to t, `lookback` blocks before
+    it, the first
     `sinks` tokens, and the retained positions older than all of these."""
     start = max(0, t // block - lookback) * block
     far = {j for j in (*range(sinks), *retained) if j < start}

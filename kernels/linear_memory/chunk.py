@@ -2,8 +2,8 @@
 
     n' = n + sum_t w_t,   M' = (n M + sum_t w_t phi(k_t)^T v_t) / n',   z' = (n z + sum_t w_t phi(k_t)) / n'
 
-M/z is the published read (Munkhdalai et al. 2024, eq. 3-4); n M and n z are its sums. The division keeps every entry at the size
-of one token's, so that neither length nor dtype can overflow it.
+M/z is the published read (Munkhdalai et al. 2024, eq. 3-4); n M and n z are its sums. The division keeps
+every entry at the size of one token's, so that neither length nor dtype can overflow it.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,9 @@ TINY = 1e-30
 
 @dataclass
 class Memory:
-    """M `[..., F, D]` and z `[..., F]` running means in fp32, n `[...]` the weight behind them in fp64 (exact to 2^53 tokens)."""
+    """M `[..., F, D]` and z `[..., F]` running means in fp32, n `[...]` the weight behind them in fp64
+    (exact to 2^53 tokens).
+    """
 
     M: Tensor
     z: Tensor
@@ -45,9 +47,10 @@ def block_updates(phi_k: Tensor, v: Tensor, weight: Tensor, clamp: float) -> tup
     """The mean update of each block, limited.
 
     Args:
-        phi_k: `[B, G, N, S, F]` fp32, finite. v: `[B, G, N, S, D]` fp32, finite. weight: `[B, G, N, S]`, 0 for what is not written.
-        clamp: the largest magnitude an entry of a block's mean update may have; beyond it M and z are scaled down together, so that
-            what is read keeps its direction.
+        phi_k: `[B, G, N, S, F]` fp32, finite. v: `[B, G, N, S, D]` fp32, finite. weight: `[B, G, N, S]`, 0
+            for what is not written.
+        clamp: the largest magnitude an entry of a block's mean update may have; beyond it M and z are scaled
+            down together, so that what is read keeps its direction.
 
     Returns:
         the block means with their weights, and `[B, G, N]` bool, which of them were limited.
@@ -62,7 +65,9 @@ def block_updates(phi_k: Tensor, v: Tensor, weight: Tensor, clamp: float) -> tup
     return Memory(M * scale.unsqueeze(-1), z * scale, n), largest > clamp
 
 
-def write_linear(phi_k: Tensor, v: Tensor, weight: Tensor, initial: Memory, clamp: float) -> tuple[Memory, Tensor]:
+def write_linear(
+    phi_k: Tensor, v: Tensor, weight: Tensor, initial: Memory, clamp: float
+) -> tuple[Memory, Tensor]:
     """Prefix states of the linear update: entry i of the result holds `initial` and the first i blocks.
 
     Args:
@@ -83,14 +88,18 @@ def write_linear(phi_k: Tensor, v: Tensor, weight: Tensor, initial: Memory, clam
     return Memory(M.cumsum(2) / total[..., None, None], z.cumsum(2) / total[..., None], n), clamped
 
 
-def write_delta_bounded(phi_k: Tensor, v: Tensor, weight: Tensor, initial: Memory, clamp: float) -> tuple[Memory, Tensor]:
-    """Prefix states of the bounded delta update: a pair that is already held is read back as v, however often it is repeated.
+def write_delta_bounded(
+    phi_k: Tensor, v: Tensor, weight: Tensor, initial: Memory, clamp: float
+) -> tuple[Memory, Tensor]:
+    """Prefix states of the bounded delta update: a pair that is already held is read back as v, however often
+    it is repeated.
 
     With z and M as sums and phi the weighted features of the block:
     gamma_t = clip(1 - phi_t.z / |phi_t|^2, 0, 1); z' = z + sum gamma_t phi_t; r_t = phi_t M / (phi_t.z');
     u_t = min(1, phi_t.z' / sum_j phi_t.phi_j); M' = M + sum phi_t^T u_t (v_t - r_t).
 
-    Shapes as in `write_linear`; the blocks follow one another in a loop, because each reads what the one before it wrote.
+    Shapes as in `write_linear`; the blocks follow one another in a loop, because each reads what the one
+    before it wrote.
     """
     n, M, z = initial.n, initial.M, initial.z
     states = [(M, z, n)]

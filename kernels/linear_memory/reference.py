@@ -1,4 +1,7 @@
-"""The linear memory token by token, in the paper's sums: what `chunk.py` must equal (Munkhdalai et al. 2024, eq. 4-5)."""
+"""The linear memory token by token, in the paper's sums: what `chunk.py` must equal (Munkhdalai et al.
+
+2024, eq. 4-5).
+"""
 
 import torch
 from torch import Tensor
@@ -10,11 +13,13 @@ def linear_memory(
     """Reads of a memory that holds the blocks at least `lookback + 1` before a query's own.
 
     Args:
-        phi_q: `[B, T, H, F]`; phi_k: `[B, T, G, F]`; v: `[B, T, G, D]`; weight: `[B, T, G]`, 0 where nothing is written.
+        phi_q: `[B, T, H, F]`; phi_k: `[B, T, G, F]`; v: `[B, T, G, D]`; weight: `[B, T, G]`, 0 where nothing
+            is written.
         block: S. lookback: blocks before the query's own that stay outside the memory.
 
     Returns:
-        reads `[B, T, H, D]` (0 where the memory is empty) and the sums M `[B, G, F, D]`, z `[B, G, F]` after all T tokens.
+        reads `[B, T, H, D]` (0 where the memory is empty) and the sums M `[B, G, F, D]`, z `[B, G, F]` after
+        all T tokens.
     """
     batch, length, heads, _ = phi_q.shape
     groups, repeat = phi_k.shape[2], heads // phi_k.shape[2]
@@ -38,7 +43,8 @@ def delta_bounded(phi_k: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, Ten
     """The bounded delta update of one sequence and head, in sums, one token after the other.
 
     Args:
-        phi_k: `[N, S, F]`, N blocks of S tokens; v: `[N, S, D]`; weight: `[N, S]`, 0 where nothing is written.
+        phi_k: `[N, S, F]`, N blocks of S tokens; v: `[N, S, D]`; weight: `[N, S]`, 0 where nothing is
+            written.
 
     Returns:
         M `[F, D]`, z `[F]` and n, the sum of gamma.

@@ -1,7 +1,7 @@
 """Retained pairs, block by block in PyTorch.
 
-A total order (higher score first, then the earlier position) makes the choice made block by block equal to the choice made
-over all candidates at once, so that prefill in any pieces keeps the same pairs.
+A total order (higher score first, then the earlier position) makes the choice made block by block equal to
+the choice made over all candidates at once, so that prefill in any pieces keeps the same pairs.
 """
 
 from dataclasses import dataclass
@@ -12,12 +12,15 @@ from torch import Tensor
 
 @dataclass
 class Selection:
-    """Which pairs are held before each block. Pool indices: i < K a pair held before, K + j * S + s token s of block j.
+    """Which pairs are held before each block. Pool indices: i < K a pair held before, K + j * S + s token s
+    of block j.
 
     Attributes:
-        index: `[B, G, N + 1, K]` int64, in the order of positions; entry i holds after i blocks have been offered.
+        index: `[B, G, N + 1, K]` int64, in the order of positions; entry i holds after i blocks have been
+            offered.
         alive: `[B, G, N + 1, K]` bool, False where a place is empty.
-        dropped: `[B, G, N, S]` int64, the pool indices that lost at block j (with S of them, empty places included).
+        dropped: `[B, G, N, S]` int64, the pool indices that lost at block j (with S of them, empty places
+            included).
         dropped_alive: `[B, G, N, S]` bool, False where the loser was no candidate at all.
     """
 
@@ -64,8 +67,11 @@ def select_pairs(scores: Tensor, initial: Tensor) -> Selection:
 def gather_pool(pool: Tensor, index: Tensor) -> Tensor:
     """Rows of a pool: `pool [B, G, P, D]`, `index [B, G, ...]` -> `[B, G, ..., D]`.
 
-    An embedding look-up, because its backward is a dense accumulation and several times faster on CPUs than that of `gather`.
+    An embedding look-up, because its backward is a dense accumulation and several times faster on CPUs than
+    that of `gather`.
     """
     batch, groups, size, width = pool.shape
-    offset = torch.arange(batch * groups, device=pool.device).view(batch, groups, *[1] * (index.ndim - 2)) * size
+    offset = (
+        torch.arange(batch * groups, device=pool.device).view(batch, groups, *[1] * (index.ndim - 2)) * size
+    )
     return torch.nn.functional.embedding(index + offset, pool.reshape(-1, width))

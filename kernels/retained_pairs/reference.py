@@ -12,8 +12,8 @@ def select_pairs(scores: Tensor, initial: Tensor) -> list[list[list[list[int]]]]
         initial: `[B, G, K]`, scores of the pairs held before, -inf where a place is empty.
 
     Returns:
-        for each batch row, head and number of blocks seen (0..N): the sorted pool indices of the living pairs. Index i < K is a
-        pair held before, K + j * S + s the token s of block j.
+        for each batch row, head and number of blocks seen (0..N): the sorted pool indices of the living
+        pairs. Index i < K is a pair held before, K + j * S + s the token s of block j.
     """
     batch, groups, blocks, size = scores.shape
     keep = initial.shape[-1]

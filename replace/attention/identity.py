@@ -1,4 +1,7 @@
-"""The teacher's own attention behind the capture: loss 0, gradients 0. It proves that the capture changes nothing."""
+"""The teacher's own attention behind the capture: loss 0, gradients 0.
+
+It proves that the capture changes nothing.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +12,9 @@ from replace.mixer import VARIANTS
 
 @VARIANTS.register("identity")
 class Identity(nn.Module):
-    """Plain causal softmax attention with an ordinary growing cache; takes q and k as the family rotated them."""
+    """Plain causal softmax attention with an ordinary growing cache; takes q and k as the family rotated
+    them.
+    """
 
     wants_rotated = True
 
@@ -20,7 +25,9 @@ class Identity(nn.Module):
         self.calls = 0
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, call) -> Tensor:
-        """query `[B, H, T, D]`, key and value `[B, G, P, D]`, mask bool or additive `[B, 1, T, P]` or None (causal)."""
+        """query `[B, H, T, D]`, key and value `[B, G, P, D]`, mask bool or additive `[B, 1, T, P]` or None
+        (causal).
+        """
         self.calls += 1
         repeat = self.heads.repeat
         key, value = key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
@@ -32,7 +39,12 @@ class Identity(nn.Module):
                 mask = mask & (own - place < call.sliding_window)
         if call.softcap is None and call.sink_logit is None:
             return torch.nn.functional.scaled_dot_product_attention(
-                query, key.to(query.dtype), value.to(query.dtype), attn_mask=mask, dropout_p=call.dropout, scale=call.scaling
+                query,
+                key.to(query.dtype),
+                value.to(query.dtype),
+                attn_mask=mask,
+                dropout_p=call.dropout,
+                scale=call.scaling,
             ).to(value.dtype)
         logits = wide(query) @ wide(key).transpose(-1, -2) * call.scaling
         if call.softcap is not None:

@@ -1,4 +1,6 @@
-"""Infini-attention (Munkhdalai et al. 2024): a gate per head, or per token and head, between exact part and memory."""
+"""Infini-attention (Munkhdalai et al. 2024): a gate per head, or per token and head, between exact part and
+memory.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -25,15 +27,20 @@ class ReadGate(nn.Module):
         beta = self.beta.to(x.dtype)
         if self.weight is None:
             return beta.sigmoid().view(1, -1, 1, 1).expand(*x.shape[:1], -1, x.shape[1], 1)
-        return torch.nn.functional.linear(x, self.weight.to(x.dtype), beta).sigmoid().transpose(1, 2).unsqueeze(-1)
+        return (
+            torch.nn.functional.linear(x, self.weight.to(x.dtype), beta)
+            .sigmoid()
+            .transpose(1, 2)
+            .unsqueeze(-1)
+        )
 
 
 @VARIANTS.register("infini")
 class Infini(MemoryMixer):
     """out = g A_mem + (1 - g) A_exact with A_mem = phi(q) M / (phi(q).z); g = 0 where the memory is empty.
 
-    Untrained, the memory answers with a blurred mean of all that is older, so the swap is as far from the teacher as sigmoid of
-    `gate_init` allows.
+    Untrained, the memory answers with a blurred mean of all that is older, so the swap is as far from the
+    teacher as sigmoid of `gate_init` allows.
     """
 
     def __init__(self, options: AttentionConfig, heads: Heads, rotary: RotarySpec | None) -> None:

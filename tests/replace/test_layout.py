@@ -71,7 +71,8 @@ def test_documents() -> None:
     assert documents([7, 8, 9]) is None
     assert documents([0, 1, 2, 0, 1]) == [0, 0, 0, 1, 1]
     assert documents([0, 0, 0]) == [0, 1, 2]
-    # Pads: on the left, on the right, inside one document with either way of counting them, between two documents.
+    # Pads: on the left, on the right, inside one document with either way of counting them, between two
+    # documents.
     assert documents([1, 1, 0, 1, 2], [0, 0, 1, 1, 1]) is None
     assert documents([0, 1, 2, 2, 2], [1, 1, 1, 0, 0]) is None
     assert documents([0, 1, 1, 1, 2], [1, 1, 0, 0, 1]) is None

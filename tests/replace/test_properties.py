@@ -783,7 +783,9 @@ def test_17_a_cache_goes_on_with_the_last_document(name: str) -> None:
 
 
 def test_17_documents_cannot_begin_inside_a_continued_call() -> None:
-    """The state of a row is one document's, so another in the same call would read it: an error, not a leak."""
+    """The state of a row is one document's, so another in the same call would read it: an error, not a
+    leak.
+    """
     model, ids = student("infini"), text(1, 30)
     cache = DynamicCache(config=model.config)
     positions = torch.cat([torch.arange(10, 20), torch.arange(10)])[None]

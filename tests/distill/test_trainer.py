@@ -1,0 +1,172 @@
+"""The loop: skips what is not finite, goes on where it stopped, and does not believe a damaged checkpoint."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from distill.checkpoint import KEEP, load_stage, load_step
+from distill.data import Batch, Mixture
+from distill.stages import Stage
+from distill.trainer import learning_rate, train
+from replace.config import Config, StageBudget
+from replace.corpora import Document
+from replace.errors import UserError
+from replace.logger import NoLogger
+from replace.tiny import tiny_tokenizer
+
+
+class Model(nn.Module):
+    """One parameter that the stage pulls towards the mean token id."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4))
+
+
+class Rows:
+    """Ten steps of rows that depend on the step alone."""
+
+    steps = 10
+
+    def batch(self, step, accumulate=1, part=0):
+        generator = torch.Generator().manual_seed(step * accumulate + part)
+        ids = torch.randint(0, 9, (2, 4), generator=generator)
+        return Batch(ids, torch.zeros_like(ids, dtype=torch.bool))
+
+
+def stage_of(model, poison=(), stop_at=None):
+    seen = []
+
+    def step(batch, scale):
+        seen.append(1)
+        if stop_at is not None and len(seen) > stop_at:
+            raise KeyboardInterrupt
+        target = batch.input_ids.float().mean(0)
+        loss = ((model.weight - target) ** 2).mean() + 0.01 * torch.rand(())
+        if len(seen) - 1 in poison:
+            loss = loss * torch.inf
+        (loss * scale).backward()
+        return {"loss": float(loss.detach())}
+
+    group = {"params": [model.weight], "lr": 0.1, "name": "all", "weight_decay": 0.0}
+    return Stage(2, [group], step, ["weight"])
+
+
+@pytest.fixture
+def config(monkeypatch):
+    monkeypatch.setattr("distill.trainer.replaced_layers", lambda model: {})
+    config = Config(precision="fp32")
+    config.stage.checkpoint_every = 2
+    return config
+
+
+def test_an_interrupted_stage_goes_on_to_the_very_same_weights(tmp_path, config):
+    torch.manual_seed(0)
+    whole = Model()
+    train(whole, stage_of(whole), Rows(), config, tmp_path / "whole", NoLogger())
+    torch.manual_seed(0)
+    (tmp_path / "cut").mkdir()
+    first = Model()
+    with pytest.raises(KeyboardInterrupt):
+        train(first, stage_of(first, stop_at=7), Rows(), config, tmp_path / "cut", NoLogger())
+    second = Model()
+    train(second, stage_of(second), Rows(), config, tmp_path / "cut", NoLogger())
+    assert torch.equal(whole.weight, second.weight)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "cut" / "train.jsonl").read_text().splitlines()]
+    assert steps[-1] == 9
+
+
+def test_a_finished_stage_is_taken_from_its_checkpoint(tmp_path, config):
+    model = Model()
+    first = train(model, stage_of(model), Rows(), config, tmp_path, NoLogger())
+    again = Model()
+    assert train(again, stage_of(again, stop_at=0), Rows(), config, tmp_path, NoLogger()) == first
+    assert torch.equal(model.weight, again.weight)
+    assert not list((tmp_path / "checkpoints" / "stage2").glob("step-*"))
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, config):
+    model = Model()
+    with pytest.raises(KeyboardInterrupt):
+        train(model, stage_of(model, stop_at=9), Rows(), config, tmp_path, NoLogger())
+    folder = tmp_path / "checkpoints" / "stage2"
+    kept = sorted(folder.glob("step-*"))
+    assert len(kept) == KEEP
+    newest = kept[-1] / "state.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[-3] ^= 1
+    newest.write_bytes(bytes(data))
+    optimizer = torch.optim.AdamW(stage_of(model).groups)
+    progress = load_step(folder, ["weight"], model, optimizer)
+    assert progress is not None
+    assert kept[-2].name == f"step-{progress.step:07d}"
+
+
+def test_a_damaged_final_checkpoint_is_not_taken_for_a_finished_stage(tmp_path, config):
+    model = Model()
+    train(model, stage_of(model), Rows(), config, tmp_path, NoLogger())
+    final = tmp_path / "checkpoints" / "stage2" / "final"
+    (final / "state.safetensors").write_bytes((final / "state.safetensors").read_bytes()[:-4])
+    assert load_stage(tmp_path / "checkpoints" / "stage2", model) is None
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path, config):
+    model = Model()
+    config.stage.checkpoint_every = 100
+    result = train(model, stage_of(model, poison=(3, 4)), Rows(), config, tmp_path, NoLogger())
+    assert result["skipped_steps"] == 2
+    assert model.weight.isfinite().all()
+
+
+def test_too_many_bad_steps_in_a_row_end_with_a_sentence(tmp_path, config):
+    model = Model()
+    config.stage.max_skipped = 3
+    with pytest.raises(UserError, match="3 steps in a row"):
+        train(model, stage_of(model, poison=range(10)), Rows(), config, tmp_path, NoLogger())
+
+
+def test_the_rate_rises_then_falls_to_a_tenth():
+    rates = [learning_rate(step, 100, 0.1) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[9] == pytest.approx(1.0)
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+    assert rates[-1] == pytest.approx(0.1, abs=0.01)
+
+
+def documents():
+    text = "The wind was cold that night. We went home along the river. Nobody spoke for a while. " * 200
+    splits = ("train", "train", "dev", "test")
+    return [Document(f"d{i}", f"Part {i}. {text}", "files", split) for i, split in enumerate(splits)]
+
+
+def test_rows_depend_on_seed_stage_and_number_alone():
+    config = Config()
+    config.attention.block = config.attention.window = 8
+    budget = StageBudget(tokens=4096, batch=2, length=256)
+
+    def rows(stage, seed=0):
+        config.seed = seed
+        mixture = Mixture(tiny_tokenizer(), documents(), config, budget, stage=stage, share=0.5)
+        return [mixture.batch(step) for step in range(mixture.steps)]
+
+    first, again, other, seeded = rows(2), rows(2), rows(3), rows(2, seed=1)
+    assert len(first) == 8
+    for a, b in zip(first, again, strict=True):
+        assert torch.equal(a.input_ids, b.input_ids)
+        assert torch.equal(a.answers, b.answers)
+    assert any(not torch.equal(a.input_ids, b.input_ids) for a, b in zip(first, other, strict=True))
+    assert any(not torch.equal(a.input_ids, b.input_ids) for a, b in zip(first, seeded, strict=True))
+    with_answers = sum(int(b.answers.any(1).sum()) for b in first)
+    assert with_answers == 8  # half of the 16 rows
+
+
+def test_training_rows_never_come_from_held_out_documents():
+    config = Config()
+    config.attention.block = config.attention.window = 8
+    budget = StageBudget(tokens=4096, batch=2, length=256)
+    mixture = Mixture(tiny_tokenizer(), documents(), config, budget, stage=2, share=0.0)
+    train_only = [d for d in documents() if d.split == "train"]
+    alone = Mixture(tiny_tokenizer(), train_only, config, budget, stage=2, share=0.0)
+    assert torch.equal(mixture.rows, alone.rows)

@@ -1,0 +1,123 @@
+"""The whole run on the tiny model: complete, repeatable, resumable; and once on the real model."""
+
+import json
+
+import pytest
+import torch
+
+import replace.pipeline as pipeline
+from eval.metrics import read_metrics
+from replace import load
+from replace.compose import compose
+from replace.errors import UserError
+
+TINY = ["+exp=infini", "model=tiny", "budget=smoke"]
+
+
+def figures(metrics):
+    """Everything but times."""
+    if isinstance(metrics, dict):
+        return {k: figures(v) for k, v in metrics.items() if k not in ("seconds", "wall_seconds", "decode")}
+    return [figures(v) for v in metrics] if isinstance(metrics, list) else metrics
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return folder, pipeline.run(compose(TINY), folder)
+
+
+def test_a_run_leaves_everything_that_it_promises(whole):
+    folder, metrics = whole
+    assert list(metrics["phases"]) == ["teacher", "swapped", "stage1", "stage2", "stage3"]
+    for name in (
+        "config.json",
+        "provenance.json",
+        "metrics.json",
+        "train.jsonl",
+        "report.md",
+        "retrieval.json",
+    ):
+        assert (folder / name).stat().st_size > 0, name
+    assert len(list((folder / "plots").glob("*.png"))) >= 4
+    assert figures(read_metrics(folder)) == figures(json.loads(json.dumps(metrics)))
+    assert len(metrics["replaced"]) == 4
+    assert metrics["verdict"]["memory"] in ("used", "harmful", "window-only")
+    for name in ("stage1", "stage2", "stage3"):
+        training = metrics["phases"][name]["training"]
+        assert training["tokens"] > 0
+        assert training["skipped_steps"] == training["clamped"] == training["nonfinite"] == 0
+    stages = {json.loads(line)["stage"] for line in (folder / "train.jsonl").read_text().splitlines()}
+    assert stages == {1, 2, 3}
+
+
+def test_the_export_is_the_student(whole):
+    folder, _ = whole
+    model, tokenizer = load(folder)
+    output = model.generate(**tokenizer("The", return_tensors="pt"), max_new_tokens=3, do_sample=False)
+    assert output.shape[1] > 3 - 1
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_the_same_command_gives_the_same_figures_twice(whole, tmp_path):
+    _, metrics = whole
+    again = pipeline.run(compose(TINY), tmp_path / "run")
+    assert figures(again) == figures(metrics)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_run_that_died_in_a_stage_ends_with_the_same_figures(whole, tmp_path, monkeypatch, stage):
+    _, metrics = whole
+    steps = pipeline._stage
+
+    def dying(model, config, number):
+        made = steps(model, config, number)
+        if number == stage:
+            monkeypatch.setattr(made, "step", _interrupt)
+        return made
+
+    monkeypatch.setattr(pipeline, "_stage", dying)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(compose(TINY), tmp_path / "run")
+    monkeypatch.setattr(pipeline, "_stage", steps)
+    assert not (tmp_path / "run" / "report.md").exists()
+    again = pipeline.run(compose(TINY), tmp_path / "run")
+    assert figures(again) == figures(metrics)
+    assert (tmp_path / "run" / "report.md").exists()
+
+
+def _interrupt(batch, scale):
+    raise KeyboardInterrupt
+
+
+def test_a_later_run_takes_stage_1_from_an_earlier_one(whole, tmp_path):
+    folder, metrics = whole
+    config = compose([*TINY, f"from={folder}", "stages=[2,3]"])
+    again = pipeline.run(config, tmp_path / "run")
+    assert "stage1" not in again["phases"]
+    assert figures(again["phases"]["stage2"]) == figures(metrics["phases"]["stage2"])
+
+
+def test_a_run_without_stage_1_cannot_be_taken_from_one_that_has_none(tmp_path):
+    (tmp_path / "empty").mkdir()
+    config = compose(TINY)
+    config.source, config.stages = str(tmp_path / "empty"), [2]
+    with pytest.raises(UserError, match="finished stage 1"):
+        pipeline.adopt(torch.nn.Linear(1, 1), config, 2)
+
+
+@pytest.mark.parametrize("experiment", ["infini_paper", "linear", "window", "pairs", "infini_linear"])
+def test_every_experiment_runs(experiment, tmp_path):
+    metrics = pipeline.run(compose([f"+exp={experiment}", *TINY[1:]]), tmp_path / "run")
+    assert "stage3" in metrics["phases"]
+    assert metrics["verdict"]["memory"] in ("used", "harmful", "window-only", None)
+
+
+def test_the_real_model_in_a_minute(tmp_path):
+    """SmolLM2 from the package index, all of the pipeline, `budget=smoke`."""
+    metrics = pipeline.run(compose(["+exp=infini", "budget=smoke"]), tmp_path / "run")
+    teacher, student = metrics["phases"]["teacher"], metrics["phases"]["stage3"]
+    assert any(probe["hit"] for probe in teacher["probes"])
+    for book, figure in student["perplexity"].items():
+        assert figure["ppl"] < 1.5 * teacher["perplexity"][book]["ppl"]
+    assert len(metrics["replaced"]) == 30
