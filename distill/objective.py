@@ -1,9 +1,10 @@
 """The losses: transfer losses per layer, the score loss, and the language-model objective in chunks."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -71,8 +72,8 @@ class LanguageLoss:
 def language_loss(
     hidden: Tensor,
     teacher_hidden: Tensor | None,
-    head: nn.Module,
-    teacher_head: nn.Module,
+    head: Callable[[Tensor], Tensor],
+    teacher_head: Callable[[Tensor], Tensor],
     input_ids: Tensor,
     answers: Tensor,
     real: Tensor | None,
@@ -85,6 +86,7 @@ def language_loss(
 
     Args:
         hidden, teacher_hidden: `[B, T, C]`, what the output embedding is given.
+        head, teacher_head: `[N, C]` -> logits `[N, V]`.
         input_ids: `[B, T]`; position t predicts t + 1. answers, real: `[B, T]` bool.
         objective: kl, ce or mix (their mean).
     """

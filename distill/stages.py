@@ -21,7 +21,7 @@ from distill.objective import language_loss, score_loss, transfer_loss
 from replace.config import Config
 from replace.convert import attention_layers, conversion_of, teacher_attention
 from replace.errors import UserError
-from replace.layer import ReplacedAttention
+from replace.layer import AttentionModule, ReplacedAttention
 from replace.observe import later_attention, observe
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def kind_of(name: str) -> str:
     return "gate" if rest.startswith(("gate.", "log_amplitude")) else "map"
 
 
-def replaced_layers(model: nn.Module) -> dict[int, nn.Module]:
+def replaced_layers(model: nn.Module) -> dict[int, AttentionModule]:
     """The replaced attention modules by layer index."""
     return {m.layer_idx: m for _, m in attention_layers(model) if isinstance(m, ReplacedAttention)}
 
@@ -126,13 +126,13 @@ def transfer_stage(model: PreTrainedModel, config: Config) -> Stage:
         losses: dict[str, float] = {"loss": 0.0, "transfer": 0.0, "score": 0.0}
         later: dict[int, Tensor] = {}
 
-        def look(module: nn.Module, query: Tensor, key: Tensor, scaling: float) -> None:
+        def look(module: AttentionModule, query: Tensor, key: Tensor, scaling: float) -> None:
             mixer = layers[module.layer_idx].mixer
             if getattr(mixer, "learns_score", False):
                 gap = (mixer.lookback + 1) * mixer.block
                 later[module.layer_idx] = later_attention(query, key, scaling, gap)
 
-        def learn(module: nn.Module, args: tuple, kwargs: dict, output) -> None:
+        def learn(module: AttentionModule, args: tuple, kwargs: dict, output) -> None:
             index = module.layer_idx
             layer, target = layers[index], output[0].detach()
             given = {k: v.detach() if isinstance(v, Tensor) else v for k, v in kwargs.items()}
@@ -217,7 +217,8 @@ def language_stage(
         hidden = final_hidden(model, inputs)
         if not hidden.requires_grad:
             raise UserError(
-                f"the loss of stage {number} ({NAMES[number]}) has no gradient; frozen is everything but {len(names)} parameters."
+                f"the loss of stage {number} ({NAMES[number]}) has no gradient; "
+                f"frozen is everything but {len(names)} parameters."
             )
         loss = language_loss(
             hidden,
@@ -274,5 +275,6 @@ def check_head(model: PreTrainedModel, ids: Tensor) -> None:
     error = float((got - want).abs().max() / want.abs().max().clamp_min(1e-6))
     if not error < 1e-2:
         raise UserError(
-            f"{type(model).__name__} changes its logits after the output embedding in a way that is not known here."
+            f"{type(model).__name__} changes its logits after the output embedding in a way "
+            "that is not known here."
         )

@@ -35,7 +35,9 @@ def learning_rate(step: int, steps: int, warmup: float) -> float:
 def counts(model: nn.Module) -> tuple[int, int]:
     """Clamped and non-finite memory updates so far, over all replaced layers."""
     mixers = [layer.mixer for layer in replaced_layers(model).values()]
-    return tuple(sum(int(getattr(mixer, name, 0)) for mixer in mixers) for name in ("clamped", "nonfinite"))  # type: ignore[return-value]
+    clamped = sum(int(getattr(mixer, "clamped", 0)) for mixer in mixers)
+    nonfinite = sum(int(getattr(mixer, "nonfinite", 0)) for mixer in mixers)
+    return clamped, nonfinite
 
 
 def train(
@@ -108,8 +110,8 @@ def train(
         counters["nonfinite"] = carried[1] + now[1] - start_counts[1]
         if skipped_in_row >= options.max_skipped:
             raise UserError(
-                f"stage {stage.number} skipped {skipped_in_row} steps in a row for a non-finite loss or gradient; "
-                "lower its learning rates (stage.lr_*) or attention.clamp, or use precision=fp32."
+                f"stage {stage.number} skipped {skipped_in_row} steps in a row for a non-finite loss or "
+                "gradient; lower its learning rates (stage.lr_*) or attention.clamp, or use precision=fp32."
             )
         counters.setdefault("loss_first", last["loss"])
         counters["loss_last"] = last["loss"]

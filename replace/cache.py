@@ -1,6 +1,7 @@
 """The cache of a replaced layer: a fixed number of bytes, whatever the length of the text."""
 
 from dataclasses import dataclass, fields
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -142,7 +143,8 @@ def cache_slot(cache: Cache | None, layer_idx: int) -> ReplacedCacheLayer | None
         return None
     while len(cache.layers) <= layer_idx and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
-    present = cache.layers[layer_idx]
+    # The place of an attention layer: linear-attention layers of a hybrid family are never replaced.
+    present = cast(CacheLayerMixin, cache.layers[layer_idx])
     if isinstance(present, ReplacedCacheLayer):
         return present
     if present.is_initialized and present.get_seq_length() > 0:
@@ -155,9 +157,9 @@ def cache_slot(cache: Cache | None, layer_idx: int) -> ReplacedCacheLayer | None
 
 
 def state_bytes(cache: Cache) -> int:
-    """Bytes of all tensors that a cache holds, replaced and ordinary layers alike."""
+    """Bytes of all tensors that a cache holds, replaced and ordinary attention layers alike."""
     total = 0
-    for layer in cache.layers:
+    for layer in cast(list[CacheLayerMixin], cache.layers):
         if isinstance(layer, ReplacedCacheLayer):
             tensors = list(layer.state.tensors().values()) if layer.state is not None else []
         else:

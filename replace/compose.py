@@ -77,7 +77,8 @@ def load_config(run: Path, field: str) -> Config:
         raise bad_value(field, str(run), "the folder of a run, which holds a config.json")
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
-        return typed(OmegaConf.merge(OmegaConf.structured(Config), stored))  # type: ignore[arg-type]
+        merged = OmegaConf.merge(OmegaConf.structured(Config), stored)
+        return typed(merged)  # type: ignore[arg-type]  # a DictConfig
     except (OSError, ValueError, OmegaConfBaseException) as error:
         raise bad_value(
             field, str(run), f"a run of this version; {file.name} does not fit: {_flat(error)}"

@@ -13,7 +13,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from replace.config import AttentionConfig
 from replace.errors import UserError
-from replace.layer import ReplacedAttention, become_replaced, heads_of
+from replace.layer import AttentionModule, ReplacedAttention, become_replaced, heads_of
 from replace.mixer import VARIANTS
 from replace.rotary import RotarySpec, family_rotation, measure_rotary, unrotate
 
@@ -77,13 +77,13 @@ class Conversion:
     originals: dict[int, nn.Module]
 
 
-def attention_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def attention_layers(model: nn.Module) -> list[tuple[str, AttentionModule]]:
     """The self-attention modules of a decoder, `(path, module)`, in the order of their layers.
 
     Raises:
         UserError: none is found.
     """
-    found = [
+    found: list[tuple[str, AttentionModule]] = [
         (path, module)
         for path, module in model.named_modules()
         if "Attention" in type(module).__name__
@@ -93,7 +93,8 @@ def attention_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     ]
     if not found:
         raise UserError(
-            f"{type(model).__name__} has no attention layer that goes through transformers' attention interface."
+            f"{type(model).__name__} has no attention layer that goes through transformers' "
+            "attention interface."
         )
     return sorted(found, key=lambda item: item[1].layer_idx)
 
@@ -166,7 +167,7 @@ def swap(
             )
         )
     conversion = Conversion(spec, replacements, originals)
-    model.layer_replace = conversion  # type: ignore[assignment]
+    model.layer_replace = conversion  # type: ignore[assignment]  # not a Tensor or Module
     logger.info("replaced %d of %d attention layers", len(replacements), len(layers))
     return conversion
 
@@ -234,14 +235,14 @@ def mixers(model: nn.Module) -> dict[int, nn.Module]:
 
 
 @torch.no_grad()
-def _probe(model: PreTrainedModel, modules: list[nn.Module]) -> dict[int, RotarySpec | None]:
+def _probe(model: PreTrainedModel, modules: list[AttentionModule]) -> dict[int, RotarySpec | None]:
     """Run a short text and read each layer's rotary encoding off what its forward is given; check that
     un-rotating is exact.
     """
     seen: dict[int, tuple[Tensor, Tensor] | None] = {}
     precise: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def look(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def look(module: AttentionModule, args: tuple, kwargs: dict) -> None:
         tables = kwargs.get("position_embeddings")
         seen[module.layer_idx] = None if tables is None else precise.get(id(tables[0]), tables)
 
@@ -269,7 +270,8 @@ def _probe(model: PreTrainedModel, modules: list[nn.Module]) -> dict[int, Rotary
         name = type(module).__name__
         if module.layer_idx not in seen:
             raise UserError(
-                f"{name} in layer {module.layer_idx} is not called by the model's forward, so it cannot be replaced."
+                f"{name} in layer {module.layer_idx} is not called by the model's forward, "
+                "so it cannot be replaced."
             )
         tables, function = seen[module.layer_idx], family_rotation(module)
         if tables is None or function is None:
@@ -284,7 +286,8 @@ def _probe(model: PreTrainedModel, modules: list[nn.Module]) -> dict[int, Rotary
         error = float((unrotate(function, turned, turned, cos, sin)[0] - x).abs().max())
         if not error < 1e-4:
             raise UserError(
-                f"un-rotating the queries of {name} is off by {error:.1e}; this rotary encoding cannot be replaced."
+                f"un-rotating the queries of {name} is off by {error:.1e}; "
+                "this rotary encoding cannot be replaced."
             )
     return specs
 
@@ -297,7 +300,7 @@ def probe_ids(model: PreTrainedModel, length: int = 24) -> Tensor:
 
 
 @torch.no_grad()
-def _identity_guard(model: PreTrainedModel, layers: dict[int, tuple[str, nn.Module]]) -> None:
+def _identity_guard(model: PreTrainedModel, layers: dict[int, tuple[str, AttentionModule]]) -> None:
     """Capture with the teacher's own softmax must give the teacher's logits, or the capture cannot be
     trusted.
 
@@ -328,7 +331,7 @@ def _identity_guard(model: PreTrainedModel, layers: dict[int, tuple[str, nn.Modu
     limit = IDENTITY_LIMIT if next(model.parameters()).dtype == torch.float32 else 5e-2
     if not error < limit:
         raise UserError(
-            f"capturing {type(model).__name__} changes its logits by {error:.1e} of their size (limit {limit:.0e}), "
-            "so this family cannot be replaced."
+            f"capturing {type(model).__name__} changes its logits by {error:.1e} of their size "
+            f"(limit {limit:.0e}), so this family cannot be replaced."
         )
     logger.info("identity swap: logits differ by %.1e of their size", error)

@@ -86,7 +86,7 @@ def make_plan(config: Config, facts: ModelFacts) -> Plan:
         rest_layers=rest,
         projections=projections,
         added=added,
-        tokens=tokens,  # type: ignore[arg-type]
+        tokens=tokens,  # type: ignore[arg-type]  # three of them
         trained=(local, local, facts.parameters + added),
         training_passes=training,
     )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kernels.numerics import wide
 from replace.registry import Registry
 
-FEATURE_MAPS = Registry[type[nn.Module]]("attention.feature_map")
+FEATURE_MAPS: Registry = Registry("attention.feature_map")
 
 
 @FEATURE_MAPS.register("elu")

@@ -8,10 +8,12 @@ still made from the model's own config.
 
 import copy
 import zlib
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
+from transformers.configuration_utils import PreTrainedConfig
 
 from replace.cache import cache_slot
 from replace.errors import UserError
@@ -24,17 +26,21 @@ IMPLEMENTATION = f"layer_replace_{zlib.crc32(__name__.encode()):08x}"
 file, because an
 export that is loaded beside the project brings its own."""
 
+AttentionModule: TypeAlias = Any
+"""Any family's attention module. Any, because torch types every attribute of a Module as Tensor | Module."""
+
 CACHE_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value")
 """What families call their cache."""
 
 
-class ReplacedAttention:
+class ReplacedAttention(nn.Module):
     """Mixed into a family's attention class: takes the cache away from the family and hands the call's
     context through.
     """
 
     mixer: nn.Module
     layer_idx: int
+    config: PreTrainedConfig
 
     def forward(self, hidden_states: Tensor, **kwargs):
         """The family's own forward, with its attention function answered by the mixer."""
@@ -49,11 +55,11 @@ class ReplacedAttention:
             "position_ids": kwargs.get("position_ids"),
             "rotary": kwargs.get("position_embeddings"),
         }
-        return super().forward(hidden_states=hidden_states, replace_context=context, **kwargs)  # type: ignore[misc]
+        return super().forward(hidden_states=hidden_states, replace_context=context, **kwargs)
 
 
 def replaced_attention(
-    module: nn.Module,
+    module: AttentionModule,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -126,7 +132,7 @@ def real_tokens(mask: Tensor | None, tokens: int) -> Tensor | None:
     return own if own.dtype == torch.bool else own == 0
 
 
-def heads_of(attention: nn.Module) -> Heads:
+def heads_of(attention: AttentionModule) -> Heads:
     """H, G, D and C of an attention module.
 
     G is the module's own, since a config may carry a figure that its family ignores.
@@ -143,7 +149,7 @@ def heads_of(attention: nn.Module) -> Heads:
     return Heads(query, key_value, dim, config.hidden_size)
 
 
-def become_replaced(attention: nn.Module, mixer: nn.Module) -> None:
+def become_replaced(attention: AttentionModule, mixer: nn.Module) -> None:
     """Turn one attention object into a replaced one, in place."""
     original = type(attention)
     attention.__class__ = replaced_class(original)

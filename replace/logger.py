@@ -41,7 +41,7 @@ class WandbLogger:
             name=f"{config.experiment}-{run_dir.name}",
             dir=str(run_dir),
             config=dataclasses.asdict(config),
-            mode=mode,  # type: ignore[arg-type]
+            mode=mode,  # type: ignore[arg-type]  # wandb refuses other words itself
             settings=wandb.Settings(silent=True, console="off"),
         )
 

@@ -213,8 +213,9 @@ class BlockMixer(nn.Module):
                 real = torch.ones(batch, tokens, dtype=torch.bool, device=query.device)
             if state is not None and call.document is not None:
                 raise RuntimeError(
-                    "position_ids begin a new document inside a call that continues a cache, whose state belongs to "
-                    "one document; start from a fresh cache, or pack all documents into the first call."
+                    "position_ids begin a new document inside a call that continues a cache, whose state "
+                    "belongs to one document; start from a fresh cache, or pack all documents into the first "
+                    "call."
                 )
             before = None if state is None else state.length
             layout = general_layout(real, call.document, before, self.block, self.lookback)

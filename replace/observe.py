@@ -4,21 +4,24 @@ import copy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from replace.layer import AttentionModule
 
 OBSERVED = "layer_replace_observed"
 CHUNK = 128
 """Queries whose attention is computed at once; nothing of size T x T is held."""
 
-Look = Callable[[nn.Module, Tensor, Tensor, float], None]
+Look = Callable[[AttentionModule, Tensor, Tensor, float], None]
 
 
 def observed_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs
+    module: AttentionModule, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs
 ):
     """The module's own attention function, after the observer has seen q `[B, H, T, D]` and k `[B, G, T,
     D]`.
@@ -26,7 +29,8 @@ def observed_attention(
     name, look = module.layer_replace_observer
     scaling = kwargs.get("scaling")
     look(module, query, key, query.shape[-1] ** -0.5 if scaling is None else scaling)
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    # Any, because transformers asks for a function even where none is needed.
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)(module, query, key, value, mask, **kwargs)
 
 
@@ -34,16 +38,16 @@ AttentionInterface.register(OBSERVED, observed_attention)
 
 
 @contextmanager
-def observe(modules: list[nn.Module], look: Look) -> Iterator[None]:
+def observe(modules: list[AttentionModule], look: Look) -> Iterator[None]:
     """Within the block `look(module, q, k, scaling)` is called for each of these attention modules in every
     forward.
     """
     configs = [module.config for module in modules]
     try:
         for module, config in zip(modules, configs, strict=True):
-            module.layer_replace_observer = (config._attn_implementation, look)  # type: ignore[assignment]
+            module.layer_replace_observer = (config._attn_implementation, look)
             module.config = copy.copy(config)
-            module.config._attn_implementation_internal = OBSERVED  # type: ignore[union-attr]
+            module.config._attn_implementation_internal = OBSERVED
         yield
     finally:
         for module, config in zip(modules, configs, strict=True):

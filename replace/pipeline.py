@@ -53,7 +53,8 @@ def run(config: Config, run_dir: Path) -> dict:
     prepare(config, run_dir)
     log = open_logger(config, run_dir)
     loaded = load_model(config.model)
-    model, tokenizer = loaded.model.to(device_of_choice()), loaded.tokenizer
+    model = loaded.model.to(device_of_choice())  # type: ignore[arg-type]  # transformers' decorated `to`
+    tokenizer = loaded.tokenizer
     documents = load_documents(config.data)
     _write_provenance(run_dir, config, loaded, documents)
     metrics = _open_metrics(run_dir, config, loaded, model)
@@ -210,7 +211,9 @@ def _stage(model: PreTrainedModel, config: Config, number: int) -> Stage:
     if number == 2 or config.stage.objective == "ce":
         return language_stage(model, config, number)
     logger.info("stage 3: the teacher is a second copy of the model (%d MiB)", _mebibytes(model))
-    teacher = load_model(config.model).model.to(model.device).eval().requires_grad_(False)
+    teacher = load_model(config.model).model
+    teacher.to(model.device)  # type: ignore[arg-type]  # transformers' decorated `to`
+    teacher.eval().requires_grad_(False)
     return language_stage(model, config, number, teacher)
 
 

@@ -6,12 +6,13 @@ import logging
 import random
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from replace.convert import attention_layers
 from replace.corpora import Document
 from replace.episodes import Episode, haystack, make_episode
+from replace.layer import AttentionModule
 from replace.observe import observe
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ def retrieval_scores(
         episode = make_episode(tokenizer, rng, limit, (number + 0.5) / EPISODES * 0.8, "passkey", source)
 
         def look(
-            module: nn.Module, query: Tensor, key: Tensor, scaling: float, episode: Episode = episode
+            module: AttentionModule, query: Tensor, key: Tensor, scaling: float, episode: Episode = episode
         ) -> None:
             total[module.layer_idx] += _share(query, key, scaling, episode) / EPISODES
 

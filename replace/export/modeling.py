@@ -21,5 +21,5 @@ class ReplacedModel:
     """Mixed into a family's model class; the spec is in `config.replacement`."""
 
     def __init__(self, config, *args, **kwargs) -> None:
-        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        convert(self, SwapSpec.from_json(config.replacement))  # type: ignore[arg-type]
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]  # the family's
+        convert(self, SwapSpec.from_json(config.replacement))  # type: ignore[arg-type]  # once mixed in
