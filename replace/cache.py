@@ -5,7 +5,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
 
 
 @dataclass
@@ -59,9 +59,10 @@ class ReplacedCacheLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = False
 
-    def __init__(self) -> None:
+    def __init__(self, room: int = 0) -> None:
+        """room: the length of a static cache, 0 for one that grows."""
         super().__init__()
-        self.seen = 0
+        self.seen, self.room = 0, room
         self.state: State | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -84,8 +85,8 @@ class ReplacedCacheLayer(CacheLayerMixin):
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Masks cover every token, as for an ordinary layer."""
-        return self.seen + query_length, 0
+        """Masks cover every token, as for an ordinary layer; one layer's answer sizes the masks of all."""
+        return max(self.room, self.seen + query_length), 0
 
     def get_max_length(self) -> int:
         """No maximum."""
@@ -151,7 +152,8 @@ def cache_slot(cache: Cache | None, layer_idx: int) -> ReplacedCacheLayer | None
         raise RuntimeError(
             f"the cache holds keys of an unreplaced layer {layer_idx}; start from a fresh cache."
         )
-    slot = ReplacedCacheLayer()
+    static = [x.max_cache_len for x in cache.layers if isinstance(x, StaticLayer) and not x.is_sliding]
+    slot = ReplacedCacheLayer(max(static, default=0))
     cache.layers[layer_idx] = slot
     return slot
 

@@ -100,7 +100,8 @@ def replaced_attention(
             key, value = cache.update(key, value, module.layer_idx)
         return mixer.attend(query, key, value, attention_mask, call).transpose(1, 2), None
     call.slot = cache_slot(cache, module.layer_idx)
-    call.real = real_tokens(attention_mask, query.shape[2])
+    seen = call.slot.seen if call.slot is not None else 0
+    call.real = real_tokens(attention_mask, query.shape[2], seen)
     call.document = documents_of(replace_context["position_ids"], call.real, (query.shape[0], query.shape[2]))
     if replace_context["rotary"] is not None and mixer.rotary is not None:
         query, key = unrotate(family_rotation(module), query, key, *replace_context["rotary"])
@@ -111,13 +112,14 @@ def replaced_attention(
 AttentionInterface.register(IMPLEMENTATION, replaced_attention)
 
 
-def real_tokens(mask: Tensor | None, tokens: int) -> Tensor | None:
+def real_tokens(mask: Tensor | None, tokens: int, seen: int = 0) -> Tensor | None:
     """`[B, T]` bool, False for pads, read off the diagonal of a 4D mask: a token sees itself unless it is a
     pad.
 
     Args:
-        mask: None (nothing is padded), bool `[B, 1, T, P]`, or additive float of that shape; the last T keys
-            are the new tokens.
+        mask: None (nothing is padded), bool `[B, 1, T, P]`, or additive float of that shape. The last T keys
+            are the new tokens, unless a static cache left room behind them.
+        seen: tokens before this call, pads included.
 
     Raises:
         UserError: a mask of another form.
@@ -128,7 +130,8 @@ def real_tokens(mask: Tensor | None, tokens: int) -> Tensor | None:
         raise UserError(
             f"an attention mask of {mask.ndim} dimensions cannot be read by a replaced layer; 4 are needed."
         )
-    own = mask[:, 0, :, mask.shape[-1] - tokens :].diagonal(dim1=-2, dim2=-1)
+    start = min(seen, mask.shape[-1] - tokens)
+    own = mask[:, 0, :, start : start + tokens].diagonal(dim1=-2, dim2=-1)
     return own if own.dtype == torch.bool else own == 0
 
 

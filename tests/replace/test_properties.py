@@ -620,6 +620,37 @@ def test_5_generate_with_and_without_a_cache(name: str) -> None:
     assert torch.equal(cached[1:, 5:], alone)
 
 
+@pytest.mark.parametrize("layers", [(0, 1, 2, 3), (0, 2), (1, 3), (0,)])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_5_generate_with_a_static_cache(family: str, layers: tuple[int, ...]) -> None:
+    """Its masks are longer than the text, and one layer sizes them for all; used twice, with pads."""
+    kinds = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        initializer_range=0.25,
+        pad_token_id=PAD,
+        **(kinds if family == "gemma3_text" else {}),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).double().eval()
+    swap(model, SwapSpec({i: options_of("infini") for i in layers}))
+    ids = text(2, 13)
+    mask = torch.ones_like(ids)
+    mask[1, :5], ids[1, :5] = 0, PAD
+    settings = {"max_new_tokens": 9, "min_new_tokens": 9, "do_sample": False, "attention_mask": mask}
+    want = model.generate(ids, use_cache=False, **settings)
+    for _ in range(2):
+        assert torch.equal(model.generate(ids, cache_implementation="static", **settings), want)
+
+
 @EVERY
 def test_5_beam_search_and_several_answers(name: str) -> None:
     model, ids = student(name), text(2, 13)
