@@ -63,8 +63,11 @@ def load_step(
             for index, parameter in enumerate(group["params"]):
                 start = f"optimizer.{group['name']}.{index}."
                 state = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
-                if state:
-                    optimizer.state[parameter] = state
+                if state:  # the count of steps stays on the CPU, where the optimizer keeps it
+                    optimizer.state[parameter] = {
+                        key: value if key == "step" else value.to(parameter.device)
+                        for key, value in state.items()
+                    }
         torch.set_rng_state(tensors["random"])
         return Progress(about["step"], about["counters"])
     return None

@@ -53,6 +53,7 @@ class Mixture:
         self.tokenizer = tokenizer
         self.rows = blocks(train, tokenizer, budget.length)
         self.budget, self.stage, self.share, self.seed = budget, stage, share, config.seed
+        self.accumulate = config.stage.accumulate
         attention = config.attention
         self.clear = attention.block + (0 if attention.local == "segment" else attention.window)
         self.haystacks: list[HaystackSource] = [haystack(name, train, tokenizer) for name in HAYSTACKS]
@@ -64,7 +65,7 @@ class Mixture:
         """Optimizer steps of the stage: all tokens are used, the last step may exceed the budget by less
         than one batch.
         """
-        return -(-self.budget.tokens // (self.budget.batch * self.budget.length))
+        return -(-self.budget.tokens // (self.budget.batch * self.accumulate * self.budget.length))
 
     def batch(self, step: int, accumulate: int = 1, part: int = 0) -> Batch:
         """The rows of step `step`, or of its part `part` of `accumulate`."""

@@ -99,6 +99,18 @@ def local_groups(model: nn.Module, rates: dict[str, float], decay: float) -> tup
     return groups, names
 
 
+@contextmanager
+def at_rest(model: nn.Module) -> Iterator[None]:
+    """No dropout within the block: what the teacher says must not be noisy."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def transfer_stage(model: PreTrainedModel, config: Config) -> Stage:
     """Stage 1."""
     stage = config.stage
@@ -135,18 +147,19 @@ def transfer_stage(model: PreTrainedModel, config: Config) -> Stage:
         def learn(module: AttentionModule, args: tuple, kwargs: dict, output) -> None:
             index = module.layer_idx
             layer, target = layers[index], output[0].detach()
+            hidden = args[0] if args else kwargs["hidden_states"]  # families differ
             given = {k: v.detach() if isinstance(v, Tensor) else v for k, v in kwargs.items()}
             with torch.enable_grad():
                 total = torch.zeros((), device=target.device)
                 if index in learning:
-                    answer = layer(**given)[0]
+                    answer = layer(*args, **given)[0]
                     total, unscaled = transfer_loss(stage.transfer_loss, answer, target, batch.padding)
                     losses["transfer"] += float(total.detach()) / len(learning)
                     raw[index] = float(unscaled)
                 if index in later:
                     mixer = layer.mixer
                     with torch.autocast(target.device.type, enabled=False):
-                        score = mixer.score(given["hidden_states"], None, None)
+                        score = mixer.score(hidden, None, None)
                     taught = score_loss(score, later.pop(index), mixer.options.pairs, mixer.options.sinks)
                     losses["score"] += float(taught.detach()) / scored
                     total = total + taught
@@ -157,7 +170,8 @@ def transfer_stage(model: PreTrainedModel, config: Config) -> Stage:
 
         hooks = [originals[i].register_forward_hook(learn, with_kwargs=True) for i in layers]
         try:
-            with torch.no_grad(), teacher_attention(model), observe([originals[i] for i in layers], look):
+            looking = observe([originals[i] for i in layers], look)
+            with torch.no_grad(), teacher_attention(model), at_rest(model), looking:
                 decoder(input_ids=batch.input_ids, attention_mask=batch.padding, use_cache=False)
         except Stop:
             pass
@@ -199,13 +213,15 @@ def language_stage(
             {"params": parameters, "lr": stage.lr_stage3, "name": "all", "weight_decay": stage.weight_decay}
         ]
     needs_teacher = stage.objective != "ce"
+    if stage.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     @contextmanager
     def as_teacher() -> Iterator[PreTrainedModel]:
         if teacher is not None:
             yield teacher
         else:
-            with teacher_attention(model):
+            with teacher_attention(model), at_rest(model):
                 yield model
 
     def step(batch: Batch, scale: float) -> StepResult:

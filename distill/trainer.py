@@ -60,9 +60,11 @@ def train(
     optimizer = torch.optim.AdamW(stage.groups, betas=(0.9, 0.99))
     base = [group["lr"] for group in optimizer.param_groups]
     # Half precision's range is too small for gradients as they are; bf16 and fp32 need no scaling.
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype_of(config.precision, device) == torch.float16)
+    half = dtype_of(config.precision, device) == torch.float16
     steps, progress = mixture.steps, load_step(folder, stage.names, model, optimizer) or Progress(0, {})
     counters = {"skipped_steps": 0, "clamped": 0, "nonfinite": 0, "tokens": 0} | progress.counters
+    scaler = torch.amp.GradScaler(device.type, init_scale=counters.pop("scale", 2.0**16), enabled=half)
+    scaler.scale(torch.zeros((), device=device))  # sets it up: the stages multiply by its scale themselves
     start_counts, carried = counts(model), (counters["clamped"], counters["nonfinite"])
     skipped_in_row, began, tokens_begun = 0, time.perf_counter(), counters["tokens"]
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
@@ -95,7 +97,9 @@ def train(
             skipped_in_row = 0
         else:
             counters["skipped_steps"] += 1
-            skipped_in_row += 1
+            # A loss that is finite while its scaled gradient is not: the scaler is still finding its scale.
+            searching = math.isfinite(last["loss"]) and scaler.get_scale() > 1
+            skipped_in_row += not searching
             logger.warning(
                 "stage %d, step %d: loss %s, gradient norm %s; the step is skipped",
                 stage.number,
@@ -120,7 +124,8 @@ def train(
             rate = (counters["tokens"] - tokens_begun) / max(1e-9, time.perf_counter() - began)
             _log_step(run_dir, log, stage.number, step, last, counters, base[0] * factor, rate)
         if (step + 1) % options.checkpoint_every == 0 and step + 1 < steps:
-            save_step(folder, stage.names, model, optimizer, Progress(step + 1, dict(counters)))
+            progress = Progress(step + 1, counters | {"scale": scaler.get_scale()})
+            save_step(folder, stage.names, model, optimizer, progress)
     training = dict(counters)
     save_stage(folder, stage.names, model, {"training": training})
     return training

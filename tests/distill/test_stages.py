@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from distill.data import Batch
 from distill.stages import kind_of, language_stage, local_groups, replaced_layers, transfer_stage
@@ -179,3 +179,59 @@ def test_gradients_reach_every_gate_at_initialisation():
         if "gate" in name and "layers.0" in name:
             assert gradient.abs().max() > 0, name
     assert len(attention_layers(model)) == 3
+
+
+def neox(**settings):
+    """A family that gives its attention the hidden states by position, and has dropout outside of it."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "gpt_neox",
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        **settings,
+    )
+    model = AutoModelForCausalLM.from_config(config).train()
+    swap(model, SwapSpec({0: options(), 1: options("sliding_window")}), keep_originals=True)
+    return model
+
+
+def test_stage_1_takes_hidden_states_by_position_too():
+    model = neox()
+    result = transfer_stage(model, config_with(lr_projection1=1e-3)).step(batch(), 1.0)
+    assert result["loss"] > 0
+    assert len(gradients(model)) > 8
+
+
+def test_the_teacher_has_no_dropout():
+    model = neox(hidden_dropout=0.5)
+    model.gpt_neox.layers[1].mlp.eval()  # what a caller has set stays
+    before = {name: module.training for name, module in model.named_modules()}
+    stage = transfer_stage(model, config_with(lr_projection1=1e-3))
+    assert stage.step(batch(), 1.0)["loss"] == stage.step(batch(), 1.0)["loss"]
+    seen = []
+    hook = model.gpt_neox.register_forward_hook(
+        lambda module, *_: seen.append((torch.is_grad_enabled(), module.training))
+    )
+    language_stage(model, config_with(), 2).step(batch(), 1.0)
+    hook.remove()
+    assert seen == [(False, False), (True, True)]
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_gradient_checkpointing_is_switched_on_and_changes_no_gradient(number):
+    found = []
+    for wanted in (False, True):
+        model = small_model()
+        swap(model, SwapSpec({0: options(), 2: options("linear")}), keep_originals=True)
+        config = config_with(gradient_checkpointing=wanted)
+        teacher = small_model() if number == 3 else None
+        language_stage(model, config, number, teacher).step(batch(), 1.0)
+        assert model.is_gradient_checkpointing == wanted
+        found.append(gradients(model))
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        assert torch.allclose(gradient, found[1][name], atol=1e-6), name

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from distill.checkpoint import KEEP, load_stage, load_step
+from distill.checkpoint import KEEP, Progress, load_stage, load_step, save_step
 from distill.data import Batch, Mixture
 from distill.stages import Stage
 from distill.trainer import learning_rate, train
@@ -63,11 +63,12 @@ def config(monkeypatch):
 
 
 def test_an_interrupted_stage_goes_on_to_the_very_same_weights(tmp_path, config):
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
     torch.manual_seed(0)
     whole = Model()
     train(whole, stage_of(whole), Rows(), config, tmp_path / "whole", NoLogger())
     torch.manual_seed(0)
-    (tmp_path / "cut").mkdir()
     first = Model()
     with pytest.raises(KeyboardInterrupt):
         train(first, stage_of(first, stop_at=7), Rows(), config, tmp_path / "cut", NoLogger())
@@ -135,6 +136,53 @@ def test_the_rate_rises_then_falls_to_a_tenth():
     assert rates[-1] == pytest.approx(0.1, abs=0.01)
 
 
+def test_half_precision_may_look_for_its_scale_and_remembers_it(tmp_path, config):
+    """A gradient that overflows until the scale is 2^6: ten halvings are no reason to give up, nor to begin
+    again on resume.
+    """
+    scales = []
+
+    def stage(model, stop_at=99):
+        def step(batch, scale):
+            scales.append(scale)
+            if len(scales) > stop_at:
+                raise KeyboardInterrupt
+            loss = (model.weight - 1).square().mean()
+            (loss * (scale if scale <= 64 else torch.inf)).backward()
+            return {"loss": float(loss.detach())}
+
+        group = {"params": [model.weight], "lr": 0.1, "name": "all", "weight_decay": 0.0}
+        return Stage(2, [group], step, ["weight"])
+
+    class Long(Rows):
+        steps = 16
+
+    config.precision, config.stage.max_skipped = "fp16", 3
+    model = Model()
+    with pytest.raises(KeyboardInterrupt):
+        train(model, stage(model, stop_at=14), Long(), config, tmp_path, NoLogger())
+    result = train(model, stage(model), Long(), config, tmp_path, NoLogger())
+    assert scales[0] == 2**16
+    assert set(scales[10:]) == {64}
+    assert result["skipped_steps"] == 10
+    assert "scale" not in result
+    assert model.weight.isfinite().all()
+    assert (model.weight > 0).all()
+
+
+def test_optimizer_moments_come_back_to_where_the_parameters_are(tmp_path):
+    model = Model()
+    optimizer = torch.optim.AdamW(stage_of(model).groups)
+    model.weight.sum().backward()
+    optimizer.step()
+    save_step(tmp_path, ["weight"], model, optimizer, Progress(1, {}))
+    elsewhere = Model().to("meta")
+    optimizer = torch.optim.AdamW(stage_of(elsewhere).groups)
+    load_step(tmp_path, ["weight"], elsewhere, optimizer)
+    devices = {key: value.device.type for key, value in optimizer.state[elsewhere.weight].items()}
+    assert devices == {"step": "cpu", "exp_avg": "meta", "exp_avg_sq": "meta"}
+
+
 def documents():
     text = "The wind was cold that night. We went home along the river. Nobody spoke for a while. " * 200
     splits = ("train", "train", "dev", "test")
@@ -170,3 +218,13 @@ def test_training_rows_never_come_from_held_out_documents():
     train_only = [d for d in documents() if d.split == "train"]
     alone = Mixture(tiny_tokenizer(), train_only, config, budget, stage=2, share=0.0)
     assert torch.equal(mixture.rows, alone.rows)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+def test_a_budget_is_in_tokens_however_they_are_accumulated(accumulate):
+    config = Config()
+    config.attention.block = config.attention.window = 8
+    config.stage.accumulate = accumulate
+    budget = StageBudget(tokens=4096, batch=2, length=256)
+    mixture = Mixture(tiny_tokenizer(), documents(), config, budget, stage=2, share=0.0)
+    assert mixture.steps == -(-8 // accumulate)
