@@ -2,8 +2,9 @@
 anything.
 
 The same metrics.json and report.md as those of a run. With `run=` the phases that only the run itself could
-measure are taken over from its metrics.json, and its last phase is measured anew, from its exported or last
-weights.
+measure are taken over from its metrics.json, and its last phase is measured anew, from its exported weights;
+a narrower set than quick replaces only the figures that it measures. On other text than the run's (`data=`)
+nothing is taken over, since its figures could not be compared.
 """
 
 import logging
@@ -20,20 +21,22 @@ from eval.ablation import parts_of
 from eval.layer_outputs import capture
 from eval.measure import Yardstick, conclude, last_student, measure, probe_rows, yardstick
 from eval.metrics import FILE, new_metrics, read_metrics, write_metrics
-from eval.plan import SETS
+from eval.plan import SETS, clear_tokens_of
 from eval.report import write_report
 from replace.compose import compose, load_config
 from replace.config import Config, DataConfig, ModelConfig
 from replace.console import Console
 from replace.errors import UserError, bad_value
 from replace.loading import load_model
+from replace.validation import check_reach
 
 logger = logging.getLogger(__name__)
 
 USAGE = """\
 python -m eval run=<run folder>          measure the model of a run again
 python -m eval model=<folder or hub id>  measure any causal language model
-    out=<folder>           where metrics.json and report.md go
+    out=<folder>           where metrics.json and report.md go; by default <run folder>/eval, or
+                           outputs/eval/<model>/<date and time>
     eval={sets}
     data=<file or folder>  text to measure on, instead of the run's or the default books
     budget=<name>          how much is measured, as in `python -m replace`; by default the run's own, or quick
@@ -103,22 +106,25 @@ def evaluate(options: dict[str, str]) -> Path:
     else:
         source = None
         config = _config_for(options["model"], options.get("trust_remote_code") == "true")
-        folder = _folder(options, Path("outputs") / "eval" / Path(options["model"]).name)
+        folder = _folder(options, _new_folder(options["model"]))
     if "budget" in options:
         config.budget = compose([f"budget={options['budget']}"]).budget
-    if "data" in options:
-        config.data = DataConfig(kind="files", path=options["data"])
+    same_text = _take_data(config, options.get("data"))
     config.eval.name = options.get("eval", config.eval.name if config.eval.name in SETS else SETS[0])
 
+    recorded = None
     if source is not None:
         recorded = read_metrics(source) if (source / FILE).is_file() else None
         model, tokenizer = replace.load(source)
-        using = _with_teacher(config, yardstick(tokenizer, config))
     else:
-        recorded = None
         loaded = load_model(config.model)
         model, tokenizer = loaded.model, loaded.tokenizer
-        using = yardstick(tokenizer, config)
+    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if positions is not None:
+        check_reach(config.budget.eval, positions)
+    using = yardstick(tokenizer, config, clear=clear_tokens_of(model, config.attention))
+    if source is not None:
+        using = _with_teacher(config, using)
     model = _moved(model)
 
     metrics = recorded or new_metrics(
@@ -130,15 +136,51 @@ def evaluate(options: dict[str, str]) -> Path:
     )
     parts = parts_of(model)
     phase = (last_student(metrics) if recorded else None) or "model"
-    trained = metrics["phases"].get(phase, {}).get("training")
-    metrics["phases"][phase] = measure(model, tokenizer, config, phase=phase, final=True, using=using)
-    if trained:
-        metrics["phases"][phase]["training"] = trained
+    before = metrics["phases"].get(phase, {})
+    if recorded and not same_text:
+        logger.warning("the recorded phases were measured on other text than data= and are left out")
+        metrics["phases"], metrics["wall_seconds"] = {}, {}
+    kept = before if same_text and config.eval.name != SETS[0] else {}
+    training = {"training": before["training"]} if "training" in before else {}
+    measured = measure(model, tokenizer, config, phase=phase, final=True, using=using)
+    metrics["phases"][phase] = merged(kept, measured) | training
     metrics["wall_seconds"][f"eval {phase}"] = round(time.perf_counter() - start, 1)
     conclude(metrics, parts)
     write_metrics(folder, metrics)
     write_report(folder, source)
     return folder
+
+
+def merged(recorded: dict, measured: dict) -> dict:
+    """A recorded phase with the figures that were measured anew in place of the old ones.
+
+    What holds figures of several measurements, the seconds and each ablation, is merged in the same way.
+    """
+    result = recorded | measured
+    if "seconds" in recorded and "seconds" in measured:
+        result["seconds"] = recorded["seconds"] | measured["seconds"]
+    if "ablation" in recorded and "ablation" in measured:
+        old, new = recorded["ablation"], measured["ablation"]
+        result["ablation"] = old | {name: old.get(name, {}) | twin for name, twin in new.items()}
+    return result
+
+
+def _take_data(config: Config, path: str | None) -> bool:
+    """Put the text that `data=` names into the config; whether it is the text that the config had."""
+    if path is None:
+        return True
+    old = config.data
+    config.data = DataConfig(kind="files", path=path)
+    places = [Path(place).expanduser().resolve() for place in (old.path or "", path)]
+    return old.kind == "files" and places[0] == places[1]
+
+
+def _new_folder(model: str) -> Path:
+    """A folder of this moment's own, named after the model with its parent, since every export is `model`."""
+    place = Path(model).expanduser()
+    parts = place.resolve().parts if place.exists() else place.parts
+    name = "-".join(part for part in parts[-2:] if part != place.anchor)
+    return Path("outputs") / "eval" / name / time.strftime("%Y-%m-%d_%H-%M-%S")
 
 
 def _config_for(name: str, trust: bool) -> Config:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from replace.convert import attention_layers
 
 LIMIT = 32768
-"""Values of a layer's output are moved to the CPU; a probe batch has at most this many tokens."""
+"""Tokens of a probe batch at most: inputs and outputs of all layers are held at once, where the model is."""
 
 
 @dataclass
@@ -26,8 +26,9 @@ class Reference:
 
     Attributes:
         rows: the probe tokens [B, T].
-        outputs: for each decoder layer the attention's output [B, T, C], fp32.
-        calls: for each layer the arguments of that call, without cache, to call a student's layer with them.
+        outputs: for each decoder layer the attention's output [B, T, C], fp32, on the model's device.
+        calls: for each layer the arguments of that call, without cache, to call a student's layer with them;
+            on that device too.
     """
 
     rows: Tensor

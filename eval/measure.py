@@ -48,17 +48,21 @@ class Yardstick:
     reference: Reference | None = None
 
 
-def yardstick(tokenizer, config: Config, documents: Sequence[Document] | None = None) -> Yardstick:
+def yardstick(
+    tokenizer, config: Config, documents: Sequence[Document] | None = None, *, clear: int | None = None
+) -> Yardstick:
     """Prepare the held-out texts of a run.
 
     Args:
         documents: what `load_documents(config.data)` gave, where the caller has it already.
+        clear: the least number of tokens between a needle and the answer; by default what the config's
+            attention needs.
 
     Raises:
         UserError: the texts cannot be had.
     """
     documents = load_documents(config.data) if documents is None else documents
-    clear = clear_tokens(config.attention)
+    clear = clear_tokens(config.attention) if clear is None else clear
     sources: dict[str, HaystackSource] = {}
 
     def make(cell: Cell, rng: random.Random) -> Episode:
@@ -184,7 +188,7 @@ def _recalls(model, grids: Sequence[Grid], using: Yardstick, ablation: str = "")
                     model,
                     cells,
                     using.make,
-                    episodes=grid.episodes_of(ablation) if ablation else grid.episodes,
+                    episodes=grid.episodes_of(ablation),
                     seed=SEED,
                     batch=_batch(model, max(cell.length for cell in cells)),
                     label=ablation.replace("_", " ") or "recall",

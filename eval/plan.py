@@ -1,12 +1,16 @@
 """What is measured in a phase: a small table, so that the cost of a run can be read off it.
 
-A cell is one (length, depth); its episodes are spread evenly over pass keys and needles in new phrasings, in
-novels and in repeated filler. Between the stages the two parts of the state are switched off together only;
-at the end each of them alone as well, and perplexity is measured without them too.
+The budget's `episodes` counts those of one length and depth. They are spread evenly over pass keys and
+needles in new phrasings, in novels and in repeated filler, so each `Cell` gets a quarter of them, rounded up,
+and each mean over the three depths that the report prints rests on 3 * episodes / 4. Between the stages the
+two parts of the state are switched off together only; at the end each of them alone as well, and perplexity
+is measured without them too.
 """
 
 import math
 from dataclasses import dataclass
+
+from torch import nn
 
 from eval.niah import Cell
 from replace.config import AttentionConfig, EvalBudget
@@ -39,18 +43,17 @@ NOT_MEASURED = {
 class Grid:
     """Cells of one length, the episodes of each, and the ablations run on the very same episodes.
 
-    `alone` is how many of them are run with one part of two switched off; by default all.
+    `ablated` is how many of a cell's episodes the ablations get; by default all.
     """
 
     cells: tuple[Cell, ...]
     episodes: int
     ablations: tuple[str, ...] = ()
-    alone: int | None = None
+    ablated: int | None = None
 
     def episodes_of(self, ablation: str) -> int:
-        """Episodes a cell for an ablation: the first ones, so that they pair."""
-        whole = self.alone is None or ablation == COMBINED
-        return self.episodes if whole else min(self.episodes, self.alone or 0)
+        """Episodes a cell for an ablation (none: everything on): the first ones, so that they pair."""
+        return self.episodes if self.ablated is None or not ablation else self.ablated
 
 
 @dataclass(frozen=True)
@@ -87,12 +90,12 @@ def plan_for(budget: EvalBudget, parts: dict[str, int], *, phase: str, final: bo
             for haystack in HAYSTACKS
             for depth in DEPTHS
         )
-        spread = max(1, math.ceil(budget.episodes * len(DEPTHS) / len(cells)))
-        # Long texts cost most, and there a part alone need not be known as precisely as at the first length.
-        alone = None if length == min(lengths) else math.ceil(spread / 2)
-        grids.append(Grid(cells, spread, combined + (each if final else ()), alone))
+        spread = max(1, math.ceil(budget.episodes / (len(TASKS) * len(HAYSTACKS))))
+        # Long texts cost most, and there the ablations need not be as precise as at the first length.
+        ablated = None if length == min(lengths) else math.ceil(spread / 2)
+        grids.append(Grid(cells, spread, combined + (each if final else ()), ablated))
     if last_or_teacher:
-        length = min(budget.phase_lengths, default=min(lengths))
+        length = min(budget.phase_lengths)
         distractors = min(MOST_DISTRACTORS, max(1, length // DISTRACTOR_EVERY))
         cells = tuple(Cell(length, depth, "passkey", "train", "novel", distractors) for depth in DEPTHS)
         grids.append(Grid(cells, max(1, budget.episodes // 4)))
@@ -123,3 +126,13 @@ def clear_tokens(attention: AttentionConfig) -> int:
     The exact part of a query reaches back at most `window` tokens and its own block (02).
     """
     return attention.block + (0 if attention.local == "segment" else attention.window)
+
+
+def clear_tokens_of(model: nn.Module, default: AttentionConfig) -> int:
+    """The most `clear_tokens` of the model's own replaced layers; those of `default` where it has none.
+
+    The spec is read by its shape, since an export that runs its folder's code has its own copy of the class.
+    """
+    conversion = getattr(model, "layer_replace", None)
+    options = [default] if conversion is None else list(conversion.spec.layers.values())
+    return max(map(clear_tokens, options))

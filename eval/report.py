@@ -6,7 +6,9 @@ why".
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from omegaconf import OmegaConf
@@ -54,11 +56,11 @@ def write_report(folder: Path, source: Path | None = None) -> Path:
     """
     folder, source = Path(folder), Path(source or folder)
     metrics = read_metrics(folder)
-    drawn = draw_all(metrics, read_log(source / "train.jsonl"), folder / "plots")
+    log = read_log(source / "train.jsonl")
+    drawn = draw_all(metrics, log, folder / "plots")
     path = folder / "report.md"
-    atomic_write(
-        path, render(metrics, drawn, provenance=_json(source / "provenance.json"), command=_command(source))
-    )
+    provenance, command = _json(source / "provenance.json"), _command(source)
+    atomic_write(path, render(metrics, drawn, log=log, provenance=provenance, command=command))
     logger.info("report: %s", path)
     return path
 
@@ -77,12 +79,18 @@ def read_log(path: Path) -> list[dict]:
 
 
 def render(
-    metrics: dict, drawn: dict[str, str | None], *, provenance: dict | None = None, command: str | None = None
+    metrics: dict,
+    drawn: dict[str, str | None],
+    *,
+    log: Sequence[dict] = (),
+    provenance: dict | None = None,
+    command: str | None = None,
 ) -> str:
     """The report as Markdown.
 
     Args:
         drawn: what `eval.plots.draw_all` returned.
+        log: the lines of train.jsonl.
         command: how the run was started.
     """
     phases = metrics["phases"]
@@ -117,7 +125,7 @@ def render(
         },
         probes=_probes(phases, student),
         cost=_cost(phases, student),
-        training=_training(metrics),
+        training=_training(metrics, log),
         replaced=_replaced(metrics),
         outputs=_outputs(main, student),
         commands=_commands(command),
@@ -309,18 +317,17 @@ def _cost(phases: dict, student: str | None) -> dict:
     return {"text": text, "columns": columns, "rows": rows}
 
 
-def _training(metrics: dict) -> list[dict]:
+def _training(metrics: dict, log: Sequence[dict]) -> list[dict]:
     rows = []
     for name in PHASES:
         entry = metrics["phases"].get(name, {}).get("training")
         if entry:
             seconds = metrics.get("wall_seconds", {}).get(name)
-            first, last = entry.get("loss_first"), entry.get("loss_last")
             rows.append(
                 {
                     "name": PHASE_WORDS[name],
                     "tokens": f"{entry.get('tokens', 0):,}",
-                    "loss": f"{short(first)} → {short(last)}",
+                    "loss": _loss(entry, [line for line in log if f"stage{line['stage']}" == name]),
                     "skipped": entry.get("skipped_steps", DASH),
                     "clamped": entry.get("clamped", DASH),
                     "nonfinite": entry.get("nonfinite", DASH),
@@ -328,6 +335,17 @@ def _training(metrics: dict) -> list[dict]:
                 }
             )
     return rows
+
+
+def _loss(entry: dict, lines: Sequence[dict]) -> str:
+    """A stage's loss at its beginning and end: means, since a single row says more of itself than of the
+    model.
+    """
+    losses = [line["loss"] for line in lines if line.get("loss") is not None]
+    if not losses:
+        return f"{short(entry.get('loss_first'))} → {short(entry.get('loss_last'))} (first and last step)"
+    tenth = max(1, len(losses) // 10)
+    return f"{short(fmean(losses[:tenth]))} → {short(fmean(losses[-tenth:]))}"
 
 
 def _replaced(metrics: dict) -> dict:

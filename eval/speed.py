@@ -46,8 +46,7 @@ def kept_bytes(model: PreTrainedModel, lengths: list[int]) -> list[dict]:
     """Bytes kept between tokens for one row at each length.
 
     Ordinary caches grow by a fixed number of bytes a token, so theirs are computed. A swapped model is really
-    run, but only its lowest layers up to the last whose kind (shapes of the state) is new; the others are of
-    those kinds.
+    run, but only the first layer of each kind (shapes of the state); the others are of those kinds.
 
     Returns:
         [{"length", "bytes", "how"}].
@@ -59,16 +58,16 @@ def kept_bytes(model: PreTrainedModel, lengths: list[int]) -> list[dict]:
         return [
             {"length": n, "bytes": sum(_ordinary(s, n) for s in probe.layers), "how": how} for n in lengths
         ]
-    depth = max(kinds.index(kind) for kind in set(kinds)) + 1
+    firsts = sorted({kinds.index(kind) for kind in kinds})
     results = []
     for length in lengths:
-        with lowest_layers(model, depth):
+        with only_layers(model, firsts):
             cache = prefill(model, length, label=f"state at {length} tokens")
         total = sum(_bytes(cache.layers[kinds.index(kind)]) for kind in kinds)
         how = (
             "measured"
-            if depth == len(kinds)
-            else f"measured in the lowest {depth} layers, which have all kinds of state"
+            if len(firsts) == len(kinds)
+            else f"measured in {len(firsts)} layers, one of each kind of state"
         )
         results.append({"length": length, "bytes": total, "how": how})
     return results
@@ -103,13 +102,13 @@ def decode_speed(model: PreTrainedModel, lengths: list[int], *, steps: int = 12)
 
 
 @contextmanager
-def lowest_layers(model: nn.Module, count: int) -> Iterator[None]:
-    """Within the block the decoder ends after its lowest `count` layers."""
+def only_layers(model: nn.Module, indices: list[int]) -> Iterator[None]:
+    """Within the block the decoder has the layers at `indices` and no others."""
     total = len(attention_layers(model))
     for owner in model.modules():
         for name, child in owner.named_children():
             if isinstance(child, nn.ModuleList) and len(child) == total:
-                setattr(owner, name, nn.ModuleList(list(child)[:count]))
+                setattr(owner, name, nn.ModuleList([child[index] for index in indices]))
                 try:
                     yield
                 finally:

@@ -92,8 +92,10 @@ class StageBudget:
 
 @dataclass
 class EvalBudget:
-    """How much is measured: perplexity tokens a book, episodes a cell, the recall lengths between phases and
-    at the end.
+    """How much is measured: perplexity tokens a book, the recall lengths between phases and at the end.
+
+    `episodes` counts those of one length and depth, spread over kinds of needle and haystacks; a mean over
+    the three depths in the report has 3 * episodes / 4 (see `eval/plan.py`).
     """
 
     perplexity_tokens: int = 16384
@@ -146,7 +148,7 @@ class LoraConfig:
 
 @dataclass
 class EvalConfig:
-    """What is measured: a named set."""
+    """What is measured: a named set, quick (everything), perplexity, recall or probes."""
 
     name: str = "quick"
 

@@ -5,9 +5,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from replace.compose import differences, load_config
-from replace.config import AttentionConfig, Config, DataConfig, LayersConfig, ModelConfig
-from replace.errors import bad_value
+from replace.compose import choices, differences, load_config
+from replace.config import AttentionConfig, Config, DataConfig, EvalBudget, LayersConfig, ModelConfig
+from replace.errors import UserError, bad_value
 
 if TYPE_CHECKING:
     from replace.loading import ModelFacts
@@ -22,6 +22,8 @@ OBJECTIVES = ("kl", "ce", "mix")
 # Not through transformers' attention interface, or with tables or masks of their own (design 01).
 NOT_CAPTURED = ("bloom", "deepseek_v3", "doge", "falcon", "gptj", "minimax", "youtu")
 SUFFIXES = (".txt", ".jsonl", ".parquet")
+EPISODE = 128
+"""Tokens of a recall episode beside window and block: the facts, the question, the answer, some text."""
 
 
 def validate(config: Config, facts: "ModelFacts | None" = None) -> None:
@@ -58,6 +60,24 @@ def validate(config: Config, facts: "ModelFacts | None" = None) -> None:
             _longest(config),
             f"at most {facts.max_position}, the model's positions",
         )
+    check_reach(config.budget.eval, facts.max_position)
+
+
+def check_reach(measured: EvalBudget, positions: int) -> None:
+    """Refuse to measure at lengths that the model, or its teacher, has no positions for.
+
+    Raises:
+        UserError: the first such length.
+    """
+    for name in ("phase_lengths", "final_lengths"):
+        for length in getattr(measured, name):
+            _check_positions(name, length, positions)
+    _check_positions("perplexity_length", measured.perplexity_length, positions)
+
+
+def _check_positions(name: str, length: int, positions: int) -> None:
+    allowed = f"at most {positions}, the model's positions"
+    _require(length <= positions, f"budget.eval.{name}", length, allowed)
 
 
 def selected(layers: LayersConfig, count: int) -> list[int] | None:
@@ -100,6 +120,7 @@ def _check_run(config: Config) -> None:
             f"1 to {cores}, the cores of this machine, or null",
         )
     _one_of("lora.kind", config.lora.kind, ("none",))
+    _one_of("eval.name", config.eval.name, tuple(choices("eval")))
     _one_of("logger.kind", config.logger.kind, ("none", "wandb"))
 
 
@@ -128,6 +149,10 @@ def _check_attention(attention: AttentionConfig) -> None:
         f"a multiple of attention.block={block}, or 0",
     )
     _require(
+        window == 0 or attention.local != "segment",
+        *("attention.window", window, "0, since attention.local=segment has no window"),
+    )
+    _require(
         0 <= attention.sinks <= block, "attention.sinks", attention.sinks, f"0 to attention.block={block}"
     )
     _require(attention.pairs >= 0, "attention.pairs", attention.pairs, "0 or more")
@@ -139,6 +164,8 @@ def _check_attention(attention: AttentionConfig) -> None:
             f"at least {exact}, the tokens that are exact (attention.window + attention.block), or null",
         )
     _require(attention.clamp > 0, "attention.clamp", attention.clamp, "a number above 0")
+    scale = attention.scale
+    _require(scale is None or scale > 0, "attention.scale", scale, "a number above 0, or null")
 
 
 def _check_names(config: Config) -> None:
@@ -149,18 +176,31 @@ def _check_names(config: Config) -> None:
     from replace.scores import SCORES
 
     attention = config.attention
-    variants = [VARIANTS.get(attention.name)]
+    variant = VARIANTS.get(attention.name)
     FEATURE_MAPS.get(attention.feature_map)
     UPDATES.get(attention.update)
     SCORES.get(attention.pairs_score)
     rest = config.layers.rest
     if rest != "keep" and ":" not in rest:
         _one_of("layers.rest", rest, ("keep", *VARIANTS.names()))
-    if rest != "keep":
-        variants.append(VARIANTS.get(rest))
-    for variant in variants:
-        if issubclass(variant, BlockMixer):
+    if issubclass(variant, BlockMixer):
+        variant.check(attention)
+    if rest != "keep" and not _takes(VARIANTS.get(rest), attention):
+        others = ["keep", *(name for name in VARIANTS.names() if _takes(VARIANTS.get(name), attention))]
+        shared = f"since it shares attention.pairs_score={attention.pairs_score}, which needs a memory"
+        raise bad_value("layers.rest", rest, f"{', '.join(others)}, {shared}")
+
+
+def _takes(variant: type, attention: AttentionConfig) -> bool:
+    """Whether these options go together in this variant."""
+    from replace.mixer import BlockMixer
+
+    if issubclass(variant, BlockMixer):
+        try:
             variant.check(attention)
+        except UserError:
+            return False
+    return True
 
 
 def _check_layers(layers: LayersConfig, count: int) -> None:
@@ -190,6 +230,11 @@ def _check_stages(config: Config) -> None:
     for name in ("projection1", "map1", "gate", "score", "projection2", "map2", "stage3"):
         rate = getattr(stage, f"lr_{name}")
         _require(0 <= rate < 1, f"stage.lr_{name}", rate, "a learning rate from 0 to below 1")
+    if 3 in config.stages and config.budget.stage3.tokens:
+        # One rate for all parameters, so that nothing would be trained.
+        _require(
+            stage.lr_stage3 > 0, "stage.lr_stage3", stage.lr_stage3, "above 0, or budget.stage3.tokens=0"
+        )
     _require(0 <= stage.warmup <= 1, "stage.warmup", stage.warmup, "a share from 0 to 1")
     _require(0 <= stage.weight_decay <= 1, "stage.weight_decay", stage.weight_decay, "a number from 0 to 1")
     _require(stage.clip > 0, "stage.clip", stage.clip, "a number above 0")
@@ -200,6 +245,7 @@ def _check_stages(config: Config) -> None:
 
 def _check_budget(config: Config) -> None:
     block = config.attention.block
+    exact = block + config.attention.window
     for name in ("stage1", "stage2", "stage3"):
         stage, field = getattr(config.budget, name), f"budget.{name}"
         _require(stage.tokens >= 0, f"{field}.tokens", stage.tokens, "0 (leave the stage out) or more")
@@ -213,6 +259,13 @@ def _check_budget(config: Config) -> None:
                 stage.length,
                 f"at least {2 * block}, two blocks of attention.block={block}",
             ),
+        )
+        share = "recall_transfer" if name == "stage1" else "recall"
+        _require(
+            getattr(config.data, share) == 0 or stage.length >= EPISODE + exact,
+            *(f"{field}.length", stage.length),
+            f"at least {EPISODE + exact} ({EPISODE} + attention.window + attention.block), so that "
+            f"an episode of data.{share}={getattr(config.data, share)} fits in",
         )
         step = stage.batch * stage.length
         _require(
@@ -236,18 +289,24 @@ def _check_budget(config: Config) -> None:
     _require(
         measured.episodes >= 1, "budget.eval.episodes", measured.episodes, "a whole number of at least 1"
     )
-    exact = config.attention.window + 2 * block
     for name in ("phase_lengths", "final_lengths"):
-        for length in getattr(measured, name):
-            allowed = f"lengths above {exact}, since the needle must lie outside window and block"
-            _require(length > exact, f"budget.eval.{name}", length, allowed)
+        lengths = getattr(measured, name)
+        _require(bool(lengths), f"budget.eval.{name}", lengths, "at least one length, such as [1024]")
+        for length in lengths:
+            allowed = (
+                f"lengths of at least {EPISODE + exact} ({EPISODE} + attention.window + attention.block), "
+                "since the needle must lie outside window and block"
+            )
+            _require(length >= EPISODE + exact, f"budget.eval.{name}", length, allowed)
     for length in measured.speed_lengths:
         _require(length >= 1, "budget.eval.speed_lengths", length, "lengths of at least 1")
 
 
 def _check_data(data: DataConfig, length: int) -> None:
     _one_of("data.kind", data.kind, ("index", "files", "hf"))
-    _require(0 <= data.recall <= 1, "data.recall", data.recall, "a share from 0 to 1")
+    for name in ("recall", "recall_transfer"):
+        share = getattr(data, name)
+        _require(0 <= share <= 1, f"data.{name}", share, "a share from 0 to 1")
     if data.kind == "hf":
         _require(bool(data.path), "data.path", data.path, "the name of a hub data set, such as allenai/c4")
     if data.kind == "files":

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from eval.plan import SETS
 from replace.compose import CONF, GROUPS, choices, compose, differences, load_config, normalise
 from replace.config import Config, ModelConfig
 from replace.errors import UserError
@@ -29,6 +30,11 @@ def test_every_experiment_composes_with_every_budget(experiment: str, budget: st
 def test_every_option_of_every_group_composes(group: str) -> None:
     for option in choices(group):
         compose([f"{group}={option}"])
+
+
+def test_every_set_of_measurements_is_an_option() -> None:
+    assert choices("eval") == sorted(SETS)
+    assert all(compose([f"eval={name}"]).eval.name == name for name in SETS)
 
 
 def test_the_groups_are_those_of_the_readme() -> None:
@@ -70,6 +76,7 @@ def test_the_controls_differ_from_the_default_in_what_they_control() -> None:
     assert {key for key, *_ in differences(compose(["+exp=pairs"]), compose(["+exp=window"]))} == {
         "experiment",
         "attention.pairs",
+        "stage.lr_projection1",  # without a score to teach, stage 1 would have nothing to move
     }
 
 

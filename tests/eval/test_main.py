@@ -1,23 +1,124 @@
 """`python -m eval`: the same schema for any model; a mistake is one sentence and exit code 2."""
 
 import random
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from eval.__main__ import main, parse
+import eval.measure as measure_module
+from eval.__main__ import _new_folder, main, parse
 from eval.metrics import read_metrics
+from replace import pipeline
+from replace.compose import compose
 from replace.errors import UserError
 
 WORDS = ("the", "old", "house", "stood", "near", "a", "river", "nobody", "knew", "who", "lived", "there")
 
 
-def test_any_model_is_measured_in_the_same_schema(tmp_path, capsys):
-    rng = random.Random(0)
+def write_texts(folder, seed=0):
+    """Three files of sentences: a user's own data."""
+    rng = random.Random(seed)
+    folder.mkdir(exist_ok=True)
     for index in range(3):
         text = " ".join(" ".join(rng.choices(WORDS, k=9)).capitalize() + "." for _ in range(300))
-        (tmp_path / f"{index}.txt").write_text(text)
+        (folder / f"{index}.txt").write_text(text)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A tiny run through the pipeline, swapped and trained for one step, with data of its own."""
+    folder = tmp_path_factory.mktemp("finished")
+    write_texts(folder / "texts")
+    write_texts(folder / "other", seed=1)
+    options = ["+exp=infini", "budget=smoke", "model=tiny", "layers=all", "stages=[1]", "data=files"]
+    options += [f"data.path={folder / 'texts'}", "budget.stage1.tokens=512", "attention.window=128"]
+    pipeline.run(compose(options), folder / "run")
+    return folder
+
+
+def evaluated(capsys, *arguments):
+    """Run the command; return the metrics in the folder that it names."""
+    code = main(list(arguments))
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    return read_metrics(Path(printed.out.strip()).parent)
+
+
+def test_a_run_is_measured_again_with_the_same_figures(finished, capsys):
+    before = read_metrics(finished / "run")
+    again = evaluated(capsys, f"run={finished / 'run'}")
+    assert set(again["phases"]) == {"teacher", "swapped", "stage1"}
+    assert again["phases"]["swapped"] == before["phases"]["swapped"]
+    old, new = before["phases"]["stage1"], again["phases"]["stage1"]
+    assert new["training"] == old["training"]
+    for book, entry in old["perplexity"].items():
+        assert new["perplexity"][book]["ppl"] == pytest.approx(entry["ppl"], rel=1e-3)
+    assert again["recovery"].keys() == before["recovery"].keys()
+
+
+@pytest.mark.parametrize("name", ["recall", "perplexity", "probes"])
+def test_a_narrow_set_leaves_the_other_figures_of_the_phase(finished, capsys, name):
+    before = read_metrics(finished / "run")["phases"]["stage1"]
+    out = finished / name
+    after = evaluated(capsys, f"run={finished / 'run'}", f"eval={name}", f"out={out}")["phases"]["stage1"]
+    assert after.keys() == before.keys()
+    assert after["ablation"]["pairs_off"].keys() == before["ablation"]["pairs_off"].keys()
+    if name != "perplexity":
+        assert after["perplexity"] == before["perplexity"]
+
+
+def test_figures_of_other_text_are_not_paired_with_a_run_s(finished, capsys, caplog):
+    given = [f"run={finished / 'run'}", "eval=perplexity", f"out={finished / 'elsewhere'}"]
+    other = evaluated(capsys, *given, f"data={finished / 'other'}")
+    assert set(other["phases"]) == {"stage1"}
+    assert "passkey" not in other["phases"]["stage1"]
+    assert other["phases"]["stage1"]["training"]["tokens"] == 512
+    assert other["recovery"]["all"]["value"] is None
+    assert "other text" in caplog.text
+    same = evaluated(capsys, *given, f"data={finished / 'texts'}")
+    assert set(same["phases"]) == {"teacher", "swapped", "stage1"}
+
+
+def test_an_export_is_measured_clear_of_its_own_window(finished, capsys, monkeypatch):
+    """By its own code; needles keep clear of the window of 128 tokens, which no default config has."""
+    monkeypatch.chdir(finished)
+    asked = []
+    made = measure_module.make_episode
+
+    def noted(*arguments, **keywords):
+        asked.append(keywords["clear"])
+        return made(*arguments, **keywords)
+
+    monkeypatch.setattr(measure_module, "make_episode", noted)
+    options = ["model=run/model", "trust_remote_code=true", "budget=smoke", "eval=recall", "data=texts"]
+    metrics = evaluated(capsys, *options)
+    assert metrics["parts"]["replaced"] == 4
+    assert set(asked) == {160}
+    assert [folder.name for folder in (finished / "outputs" / "eval").iterdir()] == ["run-model"]
+
+
+def test_every_evaluation_of_a_model_has_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    parents = {_new_folder(name).parent.name for name in ("run/model", str(tmp_path / "run" / "model"))}
+    assert parents == {"run-model"}
+    assert _new_folder("HuggingFaceTB/SmolLM2-135M").parent.name == "HuggingFaceTB-SmolLM2-135M"
+    assert _new_folder("tiny").parent.name == "tiny"
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", _new_folder("tiny").name)
+
+
+def test_lengths_beyond_a_model_s_positions_are_refused(tmp_path, capsys):
+    write_texts(tmp_path)
+    options = ["model=tiny", f"data={tmp_path}", f"out={tmp_path / 'out'}", "budget=paper"]
+    assert main(options) == 2
+    assert "error: budget.eval.final_lengths=8192" in capsys.readouterr().err
+
+
+def test_any_model_is_measured_in_the_same_schema(tmp_path, capsys):
+    write_texts(tmp_path)
     out = tmp_path / "out"
     code = main(["model=tiny", f"data={tmp_path}", f"out={out}", "budget=smoke", "eval=quick"])
     printed = capsys.readouterr()

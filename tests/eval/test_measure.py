@@ -11,7 +11,7 @@ from eval.layer_outputs import capture, layer_outputs
 from eval.measure import conclude, measure, yardstick
 from eval.metrics import new_metrics, problems
 from eval.niah import Cell
-from eval.plan import DEPTHS, clear_tokens, only, plan_for
+from eval.plan import DEPTHS, clear_tokens, clear_tokens_of, only, plan_for
 from eval.probes import Probe, probe
 from eval.speed import decode_speed, kept_bytes, prefill
 from replace.config import AttentionConfig, Config, EvalBudget, ModelConfig
@@ -215,6 +215,31 @@ def test_clear_tokens_of_segments_and_windows():
     assert clear_tokens(AttentionConfig(block=32, window=64, local="segment")) == 32
 
 
+def test_clear_tokens_are_those_of_the_model_s_own_layers():
+    model = load_model(ModelConfig(kind="tiny")).model
+    assert clear_tokens_of(model, default=AttentionConfig(block=32, window=64)) == 96
+    swap(model, SwapSpec({0: OPTIONS, 1: copy.copy(OPTIONS), 3: AttentionConfig(block=64, window=192)}))
+    assert clear_tokens_of(model, default=AttentionConfig(block=32, window=64)) == 256
+
+
+def test_a_yardstick_keeps_needles_clear_of_the_model_s_own_window(tiny, config, documents):
+    using = yardstick(tiny.tokenizer, config, documents, clear=250)
+    made = using.make(Cell(384, 0.9, "passkey", "train", "novel"), random.Random(3))
+    assert made.answer.start - made.needle.stop >= 250
+
+
+def test_episodes_are_those_of_a_length_and_depth():
+    """They are spread over kinds and haystacks, so a mean over three depths has 3 / 4 of them."""
+    budget = EvalBudget(episodes=8, phase_lengths=[1024], final_lengths=[1024, 4096])
+    grid = plan_for(budget, {"pairs": 30}, phase="stage1", final=False).grids[0]
+    places = [(cell.length, cell.depth) for cell in grid.cells]
+    assert {grid.episodes * places.count(place) for place in places} == {8}
+    means = [cell.group() for cell in grid.cells]
+    assert {grid.episodes * means.count(group) for group in means} == {6}
+    few = plan_for(EvalBudget(episodes=1), {"memory": 1, "pairs": 1}, phase="stage3", final=True)
+    assert {grid.episodes_of(name) for grid in few.grids for name in grid.ablations} == {1}
+
+
 def test_plans_cost_what_they_say():
     budget = EvalBudget(episodes=8, phase_lengths=[1024], final_lengths=[1024, 4096])
     both = {"memory": 10, "pairs": 30}
@@ -223,11 +248,9 @@ def test_plans_cost_what_they_say():
     assert {grid.ablations for grid in between.grids} == {("memory_and_pairs_off",)}
     final = plan_for(budget, both, phase="stage3", final=True)
     long = final.grids[1]
-    assert [long.episodes_of(name) for name in ("memory_off", "pairs_off", "memory_and_pairs_off")] == [
-        1,
-        1,
-        2,
-    ]
+    three = ("memory_off", "pairs_off", "memory_and_pairs_off")
+    assert [long.episodes_of(name) for name in three] == [1, 1, 1]
+    assert [final.grids[0].episodes_of(name) for name in three] == [2, 2, 2]
     assert {cell.length for grid in final.grids for cell in grid.cells} == {1024, 4096}
     assert plan_for(budget, {"pairs": 30}, phase="stage3", final=True).perplexity_ablations == (
         "memory_and_pairs_off",

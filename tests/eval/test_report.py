@@ -91,6 +91,18 @@ def test_a_log_that_was_cut_off_is_read_as_far_as_it_goes(tmp_path):
     assert read_log(tmp_path / "none.jsonl") == []
 
 
+def test_the_loss_is_a_mean_over_tenths_of_the_logged_steps(run):
+    log = [{"stage": 1, "step": step, "loss": float(step)} for step in range(40)]
+    lines = render(run, {}, log=log).splitlines()
+    assert any("stage 1" in line and "1.5 → 37.5" in line for line in lines)
+    assert any("stage 2" in line and "2 → 0.5 (first and last step)" in line for line in lines)
+    assert "first → last tenth of the logged steps" in "\n".join(lines)
+
+
+def test_the_report_says_what_episodes_counts(run):
+    assert "counts those of one length and depth" in render(run, {})
+
+
 def test_a_folder_without_metrics_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"run=.*metrics\.json"):
         write_report(tmp_path)

@@ -97,7 +97,27 @@ BAD = [
     ([*TINY, "budget.stage1.length=63"], "budget.stage1.length", "63", "at least 64"),
     ([*TINY, "budget.stage1.tokens=10"], "budget.stage1.tokens", "10", "at least 512"),
     ([*TINY, "budget.stage2.batch=0"], "budget.stage2.batch", "0", "at least 1"),
-    ([*TINY, "budget.eval.final_lengths=[64]"], "budget.eval.final_lengths", "64", "above 96"),
+    ([*TINY, "budget.eval.final_lengths=[64]"], "budget.eval.final_lengths", "64", "at least 192"),
+    ([*TINY, "budget.eval.final_lengths=[]"], "budget.eval.final_lengths", "[]", "at least one length"),
+    ([*TINY, "budget.eval.phase_lengths=[]"], "budget.eval.phase_lengths", "[]", "at least one length"),
+    ([*TINY, "budget.eval.phase_lengths=[320,4097]"], "budget.eval.phase_lengths", "4097", "at most 4096"),
+    ([*TINY, "budget.eval.final_lengths=[8192]"], "budget.eval.final_lengths", "8192", "at most 4096"),
+    (
+        [*TINY, "budget.eval.perplexity_length=5000", "budget.eval.perplexity_tokens=5000"],
+        *("budget.eval.perplexity_length", "5000", "at most 4096"),
+    ),
+    ([*TINY, "budget.stage1.length=128"], "budget.stage1.length", "128", "at least 192"),
+    ([*TINY, "budget.stage2.length=128"], "budget.stage2.length", "128", "data.recall=0.34"),
+    ([*TINY, "data.recall_transfer=-0.1"], "data.recall_transfer", "-0.1", "from 0 to 1"),
+    ([*TINY, "attention.scale=0"], "attention.scale", "0.0", "above 0, or null"),
+    ([*TINY, "attention.local=segment"], "attention.window", "32", "0, since attention.local=segment"),
+    ([*TINY, "eval.name=everything"], "eval.name", "everything", "recall"),
+    ([*TINY, "eval=everything"], "eval", "everything", "recall"),
+    ([*TINY, "stage.lr_stage3=0"], "stage.lr_stage3", "0.0", "above 0"),
+    (
+        ["+exp=infini", "budget=smoke", "model=tiny", "attention.pairs_score=self_recall"],
+        *("layers.rest", "sliding_window", "keep, "),
+    ),
     ([*TINY, "precision=fp8"], "precision", "fp8", "bf16"),
     ([*TINY, "threads=0"], "threads", "0", "the cores of this machine"),
     ([*TINY, "lora.kind=peft"], "lora.kind", "peft", "none"),
@@ -122,6 +142,22 @@ def test_a_mistake_is_one_sentence(
     assert re.match(rf"error: {re.escape(field)}=", sentence), sentence
     assert value in sentence
     assert allowed in sentence.partition("allowed: ")[2]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["budget.stage1.length=128", "data.recall_transfer=0"],
+        ["stage.lr_stage3=0", "stages=[1,2]"],
+        ["stage.lr_stage3=0", "budget.stage3.tokens=0"],
+        ["attention.local=segment", "attention.window=0"],
+        ["layers=retrieval", "layers.rest=keep", "attention.pairs_score=self_recall"],
+        ["budget.eval.speed_lengths=[65536]"],
+        ["attention.scale=0.5", "eval=recall"],
+    ],
+)
+def test_what_does_no_harm_is_allowed(overrides: list[str]) -> None:
+    validation.validate(compose([*TINY, *overrides]))
 
 
 @pytest.mark.parametrize(
