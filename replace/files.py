@@ -9,6 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+from replace.errors import UserError
+
 
 def atomic_write(path: Path, content: str | bytes) -> None:
     """Write `content` to `path`: a reader sees the old file or the new one, never a part.
@@ -36,6 +40,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; it takes the name `path` only if the block ends well.
 
     A folder that already has the name is replaced. On an error nothing is left but what was there before.
+
+    Raises:
+        UserError: safetensors could not write, for it does not say OSError when a disk is full.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,6 +57,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         if old is not None:
             shutil.rmtree(old, ignore_errors=True)
+    except SafetensorError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"{path} cannot be written: {error}.") from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

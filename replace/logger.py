@@ -13,7 +13,7 @@ class Logger(Protocol):
     """Takes figures as they come."""
 
     def log(self, figures: Mapping[str, Any], step: int) -> None:
-        """Record `figures` at a step that never goes back."""
+        """Record `figures` after `step` tokens of the running stage."""
 
     def finish(self) -> None:
         """Close; safe to call once at the end of a run, failed or not."""
@@ -46,8 +46,8 @@ class WandbLogger:
         )
 
     def log(self, figures: Mapping[str, Any], step: int) -> None:
-        """Record `figures` at `step`."""
-        self._run.log(dict(figures), step=step)
+        """Record `figures`; W&B counts its own steps, because it drops any that goes back."""
+        self._run.log({**figures, "tokens": step})
 
     def finish(self) -> None:
         """Write what is left and close."""

@@ -362,14 +362,13 @@ class BlockMixer(nn.Module):
 
     def _in_frame(self, blocks: Blocks, parts: list[Part]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries `[Q, G, N, R S, D]`, keys and values `[Q, G, N, P, D]` rotated in each block's frame, and
-        the mask.
+        the mask `[Q, G, N, S, P]`, which all R heads share.
         """
         count, size = blocks.layout.blocks, self.block
         groups, repeat = self.heads.key_value, self.heads.repeat
         k = torch.cat([part.k for part in parts], dim=3)
         v = torch.cat([part.v for part in parts], dim=3)
         mask = torch.cat([part.seen.expand(-1, groups, -1, size, -1) for part in parts], dim=-1)
-        mask = mask.unsqueeze(3).expand(-1, -1, -1, repeat, -1, -1).flatten(3, 4)
         q = self._by_block(blocks.q)  # [Q, H, N, S, D]
         if self.rotary is not None:
             window_start, span = self._window_start(blocks), (self.lookback + 1) * size

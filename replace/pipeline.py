@@ -24,6 +24,7 @@ from distill.checkpoint import load_stage
 from distill.data import Mixture
 from distill.stages import Stage, check_head, language_stage, transfer_stage
 from distill.trainer import train
+from eval.ablation import mixers as mixers_of
 from eval.ablation import parts_of
 from eval.layer_outputs import capture
 from eval.measure import Yardstick, conclude, measure, probe_rows, yardstick
@@ -39,6 +40,7 @@ from replace.files import atomic_write
 from replace.loading import Loaded, load_model
 from replace.logger import Logger, open_logger
 from replace.machine import device_of_choice, keep_freed_memory
+from replace.precision import autocast
 from replace.retrieval import retrieval_layers, retrieval_scores
 from replace.validation import selected
 
@@ -51,20 +53,36 @@ def run(config: Config, run_dir: Path) -> dict:
     A folder that already holds part of this run is continued: finished phases are not repeated.
     """
     prepare(config, run_dir)
-    log = open_logger(config, run_dir)
+    documents = load_documents(config.data)  # first: a mistake in the text should not wait for the model
     loaded = load_model(config.model)
     model = loaded.model.to(device_of_choice())  # type: ignore[arg-type]  # transformers' decorated `to`
-    tokenizer = loaded.tokenizer
-    documents = load_documents(config.data)
     _write_provenance(run_dir, config, loaded, documents)
     metrics = _open_metrics(run_dir, config, loaded, model)
-    using = yardstick(tokenizer, config, documents)
+    using = yardstick(loaded.tokenizer, config, documents)
+    log = open_logger(config, run_dir)
+    try:
+        return _phases(config, run_dir, loaded, documents, metrics, using, log)
+    finally:
+        log.finish()
 
+
+def _phases(
+    config: Config,
+    run_dir: Path,
+    loaded: Loaded,
+    documents: list[Document],
+    metrics: dict,
+    using: Yardstick,
+    log: Logger,
+) -> dict:
+    """Teacher, swap, stages, export, report: the phases, one after the other."""
+    model, tokenizer = loaded.model, loaded.tokenizer
     with phase(metrics, run_dir, "teacher", log) as result:
         if result is not None:
             result |= measure(model, tokenizer, config, phase="teacher", final=False, using=using)
     if using.reference is None:
-        using.reference = capture(model, probe_rows(tokenizer, using))
+        with autocast(config.precision, model.device):
+            using.reference = capture(model, probe_rows(tokenizer, using))
 
     conversion = swap(model, choose(config, loaded, documents, run_dir), keep_originals=True)
     check_head(model, probe_ids(model))
@@ -91,7 +109,6 @@ def run(config: Config, run_dir: Path) -> dict:
     conclude(metrics, parts_of(model))
     write_metrics(run_dir, metrics)
     write_report(run_dir)
-    log.finish()
     logger.info("done: %s", run_dir / "report.md")
     return metrics
 
@@ -136,8 +153,13 @@ def choose(config: Config, loaded: Loaded, documents: list[Document], run_dir: P
     """Which layer gets what: `attention` for the selected ones, `layers.rest` for the others."""
     indices = [module.layer_idx for _, module in attention_layers(loaded.model)]
     chosen = selected(config.layers, len(indices))
+    if chosen is not None and config.layers.select != "list":
+        chosen = [indices[place] for place in chosen]  # some decoders have attention in some layers only
     if chosen is None:
         path = run_dir / "retrieval.json"
+        earlier = Path(config.source or run_dir).expanduser() / path.name
+        if not path.exists() and earlier.exists():
+            atomic_write(path, earlier.read_bytes())
         if not path.exists():
             scores = retrieval_scores(loaded.model, loaded.tokenizer, documents)
             atomic_write(path, json.dumps(scores, indent=1))
@@ -158,6 +180,11 @@ def adopt(model: nn.Module, config: Config, first: int) -> None:
         UserError: that run has not finished one of them.
     """
     if config.source is None:
+        if first > 1 and any(getattr(m, "learns_score", False) for m in mixers_of(model)):
+            logger.warning(
+                "stages=%s without from=: no stage 1 taught the pair scores, so the earliest pairs are kept",
+                config.stages,
+            )
         return
     for number in range(1, first):
         folder = Path(config.source).expanduser() / "checkpoints" / f"stage{number}"
@@ -178,15 +205,15 @@ def describe(model: PreTrainedModel, conversion: Conversion, using: Yardstick) -
         model.eval()(input_ids=probe_ids(model, 2), past_key_values=cache, use_cache=True)
     model.train(training)
     outputs = using.reference.outputs if using.reference is not None else []
+    order = [module.layer_idx for _, module in attention_layers(model)]
     rows = []
-    for place, replacement in enumerate(conversion.replacements):
+    for replacement in conversion.replacements:
         slot = cache.layers[replacement.layer]
         row = dataclasses.asdict(replacement)
         if isinstance(slot, ReplacedCacheLayer) and slot.state is not None:
             row["state_bytes"] = sum(x.numel() * x.element_size() for x in slot.state.tensors().values())
         if outputs:
-            order = [m.layer_idx for _, m in attention_layers(model)]
-            row["output"] = distribution(outputs[order.index(conversion.replacements[place].layer)])
+            row["output"] = distribution(outputs[order.index(replacement.layer)])
         rows.append(row)
     return rows
 
@@ -234,7 +261,7 @@ def _open_metrics(run_dir: Path, config: Config, loaded: Loaded, model: PreTrain
     if (run_dir / FILE).exists():
         return read_metrics(run_dir)
     return new_metrics(
-        model=str(loaded.provenance.get("model", config.model.kind)),
+        model=str(next(filter(None, map(loaded.provenance.get, ("note", "id", "path"))), config.model.kind)),
         attention=config.experiment or config.attention.name,
         layers=[],
         seed=config.seed,
@@ -263,14 +290,22 @@ def _write_provenance(run_dir: Path, config: Config, loaded: Loaded, documents: 
         "machine": platform.machine(),
         "device": str(loaded.model.device),
         "threads": torch.get_num_threads(),
-        "versions": {name: metadata.version(name) for name in packages},
+        "versions": {name: _version(name) for name in packages},
         "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain")),
+        "dirty": None if (changes := _git("status", "--porcelain")) is None else bool(changes),
         "config_sha256": hashlib.sha256((run_dir / "config.json").read_bytes()).hexdigest(),
         "model": loaded.provenance,
         "data": provenance_of(documents),
     }
     atomic_write(run_dir / "provenance.json", json.dumps(about, indent=1))
+
+
+def _version(name: str) -> str | None:
+    """The installed version; None for a package that is only importable, such as a checkout on the path."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _git(*arguments: str) -> str | None:

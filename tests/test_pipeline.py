@@ -92,7 +92,7 @@ def _interrupt(batch, scale):
 
 def test_a_later_run_takes_stage_1_from_an_earlier_one(whole, tmp_path):
     folder, metrics = whole
-    config = compose([*TINY, f"from={folder}", "stages=[2,3]"])
+    config = compose([*TINY, f"source={folder}", "stages=[2,3]"])
     again = pipeline.run(config, tmp_path / "run")
     assert "stage1" not in again["phases"]
     assert figures(again["phases"]["stage2"]) == figures(metrics["phases"]["stage2"])

@@ -10,28 +10,35 @@ from kernels.numerics import wide
 def exact_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float, dropout: float = 0.0
 ) -> Tensor:
-    """softmax(scaling q k^T) v by torch's fused attention.
+    """softmax(scaling q k^T) v.
 
     Args:
         q: `[B, G, N, Q, D]`, Q = R * S the queries of one block of all R heads that share a key-value head.
         k: `[B, G, N, K, D]`; v: `[B, G, N, K, Dv]`.
-        mask: bool, broadcastable to `[B, G, N, Q, K]`, True where a key is seen; every query sees at least
+        mask: bool, broadcastable to `[B, G, N, S, K]`, True where a key is seen; every query sees at least
             one.
 
     Returns:
         `[B, G, N, Q, Dv]` in the dtype of v.
     """
-    lead, queries, keys = q.shape[:3], q.shape[3], k.shape[3]
-    flat_mask = mask.expand(*lead, queries, keys).reshape(-1, 1, queries, keys)
+    lead, size, keys = q.shape[:3], mask.shape[-2], k.shape[3]
+    repeat = q.shape[3] // size
+    bias = torch.zeros((), dtype=v.dtype, device=v.device).expand(*lead, size, keys)
+    bias = bias.masked_fill(~mask, -torch.inf)
+    if q.device.type == "cpu" and torch.is_grad_enabled():
+        # For so few keys the backward of torch's fused attention takes twice as long on a CPU as this one.
+        logits = (wide(q) @ wide(k).transpose(-1, -2)).unflatten(3, (repeat, size)) * scaling
+        weights = (logits + bias.unsqueeze(3)).softmax(-1).flatten(3, 4)
+        return (F.dropout(weights, dropout) @ wide(v)).to(v.dtype)
     out = F.scaled_dot_product_attention(
-        q.reshape(-1, 1, *q.shape[3:]).to(v.dtype),
-        k.reshape(-1, 1, *k.shape[3:]).to(v.dtype),
-        v.reshape(-1, 1, *v.shape[3:]),
-        attn_mask=flat_mask,
+        q.reshape(-1, repeat, size, q.shape[-1]).to(v.dtype),
+        k.reshape(-1, 1, *k.shape[3:]).to(v.dtype).expand(-1, repeat, -1, -1),
+        v.reshape(-1, 1, *v.shape[3:]).expand(-1, repeat, -1, -1),
+        attn_mask=bias.reshape(-1, 1, size, keys),
         dropout_p=dropout,
         scale=scaling,
     )
-    return out.view(*lead, queries, v.shape[-1])
+    return out.reshape(*lead, repeat * size, v.shape[-1])
 
 
 def exact_weights(
@@ -52,7 +59,8 @@ def exact_weights(
     logits = (wide(q) @ wide(k).transpose(-1, -2)) * scaling
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    logits = logits.masked_fill(~mask, -torch.inf)
+    logits = logits.unflatten(3, (-1, mask.shape[-2])).masked_fill(~mask.unsqueeze(3), -torch.inf)
+    logits = logits.flatten(3, 4)
     if sink_logit is not None:
         logits = torch.cat([logits, wide(sink_logit).expand(*logits.shape[:-1], 1)], dim=-1)
     mass = torch.logsumexp(logits, dim=-1, keepdim=True)

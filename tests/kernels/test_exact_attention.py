@@ -8,25 +8,36 @@ from kernels.exact_attention.reference import exact_keys, softmax_read
 
 
 def inputs(
-    batch: int = 2, groups: int = 2, blocks: int = 3, queries: int = 4, keys: int = 7, width: int = 5
+    batch: int = 2,
+    groups: int = 2,
+    blocks: int = 3,
+    queries: int = 4,
+    keys: int = 7,
+    width: int = 5,
+    repeat: int = 1,
 ) -> tuple:
-    """q, k, v in fp64 (value width apart from key width) and a mask in which every query sees its own key."""
+    """q, k, v in fp64 (value width apart from key width) and a mask in which every query sees its own key;
+    `queries` are those of `repeat` heads, which share the mask.
+    """
     torch.manual_seed(0)
     shape = (batch, groups, blocks)
     q, k = torch.randn(*shape, queries, width).double(), torch.randn(*shape, keys, width).double()
     v = torch.randn(*shape, keys, width + 1).double()
-    mask = torch.rand(batch, 1, blocks, queries, keys) > 0.4
+    mask = torch.rand(batch, 1, blocks, queries // repeat, keys) > 0.4
     mask[..., 0] = True
     return q, k, v, mask
 
 
-def test_both_forms_equal_the_reference() -> None:
-    q, k, v, mask = inputs()
-    plain = exact_attention(q, k, v, mask, 0.7)
+@pytest.mark.parametrize("repeat", [1, 2])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_both_forms_equal_the_reference(repeat: int, gradients: bool) -> None:
+    q, k, v, mask = inputs(repeat=repeat)
+    with torch.set_grad_enabled(gradients):
+        plain = exact_attention(q, k, v, mask, 0.7)
     spelled, mass = exact_attention_with_mass(q, k, v, mask, 0.7)
     for place in torch.cartesian_prod(*(torch.arange(n) for n in q.shape[:4])).tolist():
         b, g, n, i = place
-        seen = mask[b, 0, n, i]
+        seen = mask[b, 0, n, i % mask.shape[3]]
         want = softmax_read(q[b, g, n, i], k[b, g, n][seen], v[b, g, n][seen], 0.7)
         torch.testing.assert_close(plain[b, g, n, i], want, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(spelled[b, g, n, i], want, rtol=1e-10, atol=1e-10)
@@ -60,6 +71,8 @@ def test_gradients(sink: bool) -> None:
 def test_half_precision_is_finite_at_large_activations(dtype: torch.dtype) -> None:
     q, k, v, mask = (x.to(dtype) * 1e3 if x.dtype != torch.bool else x for x in inputs())
     assert exact_attention(q, k, v, mask, 0.1).isfinite().all()
+    with torch.no_grad():
+        assert exact_attention(q, k, v, mask, 0.1).isfinite().all()
     assert exact_attention_with_mass(q, k, v, mask, 0.1)[0].isfinite().all()
 
 
