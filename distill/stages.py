@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from distill.data import Batch
 from distill.objective import language_loss, score_loss, transfer_loss
 from replace.config import Config
-from replace.convert import attention_layers, conversion_of, teacher_attention
+from replace.convert import at_rest, attention_layers, conversion_of, teacher_attention
 from replace.errors import UserError
 from replace.layer import AttentionModule, ReplacedAttention
 from replace.observe import later_attention, observe
@@ -97,18 +97,6 @@ def local_groups(model: nn.Module, rates: dict[str, float], decay: float) -> tup
     if not groups:
         raise UserError("nothing is trainable: no layer is replaced, or all learning rates of stage.* are 0.")
     return groups, names
-
-
-@contextmanager
-def at_rest(model: nn.Module) -> Iterator[None]:
-    """No dropout within the block: what the teacher says must not be noisy."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def transfer_stage(model: PreTrainedModel, config: Config) -> Stage:

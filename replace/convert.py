@@ -155,7 +155,7 @@ def swap(
     for index, mixer in made.items():
         path, module = by_index[index]
         if keep_originals:
-            original = copy.deepcopy(module)
+            original = copy.deepcopy(module, {id(module.config): module.config})  # it follows the model's
             originals[index] = original.requires_grad_(False)
         old_class, old_parameters = type(module).__name__, sum(p.numel() for p in module.parameters())
         become_replaced(module, mixer)
@@ -227,6 +227,18 @@ def teacher_attention(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for parent, name, module in places:
             setattr(parent, name, module)
+
+
+@contextmanager
+def at_rest(model: nn.Module) -> Iterator[None]:
+    """No dropout within the block: what the teacher says must not be noisy."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def mixers(model: nn.Module) -> dict[int, nn.Module]:
@@ -308,21 +320,20 @@ def _identity_guard(model: PreTrainedModel, layers: dict[int, tuple[str, Attenti
         UserError: it does not; the model is as it was.
     """
     ids = probe_ids(model)
-    training = model.training
-    model.eval()
-    want = model(input_ids=ids, use_cache=False).logits.float()
+    with at_rest(model):
+        want = model(input_ids=ids, use_cache=False).logits.float()
     kept = {index: (type(module), module.config) for index, (_, module) in layers.items()}
     try:
         for _, module in layers.values():
             become_replaced(module, VARIANTS.get("identity")(None, heads_of(module), None))
-        got = model(input_ids=ids, use_cache=False).logits.float()
+        with at_rest(model):
+            got = model(input_ids=ids, use_cache=False).logits.float()
         silent = [i for i, (_, module) in layers.items() if module.mixer.calls != 1]
     finally:
         for index, (_, module) in layers.items():
             module.__class__, module.config = kept[index]
             if hasattr(module, "mixer"):
                 del module.mixer
-        model.train(training)
     if silent:
         raise UserError(
             f"layers {silent} of {type(model).__name__} bypass the capture, so they cannot be replaced."

@@ -209,3 +209,23 @@ def test_the_base_weights_load_with_plain_transformers(tmp_path) -> None:
     plain = AutoModelForCausalLM.from_config(model.config).eval()
     plain.load_state_dict(kept)
     assert torch.equal(logits(plain), want)
+
+
+def test_a_swap_leaves_every_module_in_its_mode() -> None:
+    model = tiny_model("llama").train()
+    attention_layers(model)[0][1].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    swap(model, some(0, 2))
+    after = {name: module.training for name, module in model.named_modules()}
+    assert {name: after[name] for name in before} == before
+
+
+def test_kept_originals_follow_the_models_config() -> None:
+    """A deep copy of it would keep the old attention implementation for good."""
+    model = tiny_model("llama")
+    swap(model, some(0), keep_originals=True)
+    model.set_attn_implementation("eager")
+    with teacher_attention(model):
+        assert attention_layers(model)[0][1].config is model.config
+    restore(model)
+    assert attention_layers(model)[0][1].config is model.config
