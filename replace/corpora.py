@@ -1,6 +1,7 @@
 """Text: the default corpora of the package index, a user's own files, or a hub's data set; split by document.
 
-`train` is what the stages learn from, `dev` what studies and sweeps look at, `test` is read once at the end.
+`train` is what the stages learn from, `dev` what studies and sweeps look at, `test` what every phase of a run
+is measured on; a run chooses nothing by it.
 """
 
 import glob

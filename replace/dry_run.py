@@ -68,7 +68,7 @@ def describe(config: Config, plan_for: PlanFor) -> str:
 def make_plan(config: Config, facts: ModelFacts) -> Plan:
     """Count layers, parameters and passes of a run."""
     chosen = selected(config.layers, facts.layers)
-    new = len(chosen) if chosen is not None else config.layers.k
+    new = len(chosen) if chosen is not None else min(config.layers.k, facts.layers)
     rest = 0 if config.layers.rest == "keep" else facts.layers - new
     projections = 2 * facts.hidden * facts.head_dim * (facts.heads + facts.kv_heads)
     added = new * added_parameters(config.attention, config.attention.name, facts)
@@ -76,7 +76,8 @@ def make_plan(config: Config, facts: ModelFacts) -> Plan:
     local = (new + rest) * projections + added
     budgets = (config.budget.stage1, config.budget.stage2, config.budget.stage3)
     tokens = tuple(
-        _whole_steps(budget) if stage in config.stages else 0 for stage, budget in enumerate(budgets, 1)
+        _whole_steps(budget, config.stage.accumulate) if stage in config.stages else 0
+        for stage, budget in enumerate(budgets, 1)
     )
     # Stage 1: a teacher's forward and the new layers' work; 2 and 3: two forwards, a backward of 1.5 or 2.
     shares = (1 + 3 * local / facts.parameters, 3.5, 4.0)
@@ -113,7 +114,7 @@ def evaluation_tokens(config: Config, facts: ModelFacts, plan_for: PlanFor) -> i
         plan = plan_for(measured, parts, phase=phase, final=phase == phases[-1])
         for grid in plan.grids:
             lengths = sum(cell.length for cell in grid.cells)
-            total += lengths * grid.episodes * (1 + len(grid.ablations))
+            total += lengths * (grid.episodes + sum(map(grid.episodes_of, grid.ablations)))
         total += BOOKS * measured.perplexity_tokens * (1 + len(plan.perplexity_ablations))
     return total
 
@@ -121,7 +122,7 @@ def evaluation_tokens(config: Config, facts: ModelFacts, plan_for: PlanFor) -> i
 def _parts(config: Config, facts: ModelFacts) -> dict[str, int]:
     """Layers with a memory and layers with retained pairs, as `eval.ablation.parts_of` counts them."""
     chosen = selected(config.layers, facts.layers)
-    new = config.layers.k if chosen is None else len(chosen)
+    new = min(config.layers.k, facts.layers) if chosen is None else len(chosen)
     counts = {config.attention.name: new}
     if config.layers.rest != "keep":
         counts[config.layers.rest] = counts.get(config.layers.rest, 0) + facts.layers - new
@@ -181,6 +182,7 @@ def _budgets(config: Config) -> list[StageBudget]:
     return [budget for stage, budget in enumerate(every, 1) if stage in config.stages and budget.tokens]
 
 
-def _whole_steps(budget: StageBudget) -> int:
-    step = max(1, budget.batch * budget.length)
-    return budget.tokens // step * step
+def _whole_steps(budget: StageBudget, accumulate: int) -> int:
+    """Tokens of a stage, whose last step may exceed the budget."""
+    step = max(1, budget.batch * accumulate * budget.length)
+    return -(-budget.tokens // step) * step
