@@ -1,8 +1,8 @@
-"""The configuration of a run as dataclasses: what Hydra composes, what validation checks, what every part
-reads.
+"""The configuration of a run: what Hydra composes, what validation checks, what every part reads.
 
 Only plain types live here, so that the file can be read without Hydra. `conf/` holds the values; the defaults
-below are those of `+exp=infini budget=quick`.
+of attention and stage, which the Python API uses, are those of conf/attention/infini.yaml and
+conf/stage/default.yaml.
 """
 
 from dataclasses import dataclass, field
@@ -42,7 +42,7 @@ class AttentionConfig:
     feature_map: str = "hedgehog"
     update: str = "linear"
     gate: str = "head"
-    gate_init: float = -1.0
+    gate_init: float = -2.0
     write_gate: str = "token"
     scale: float | None = None
     rotary: bool = False
@@ -123,12 +123,12 @@ class StageConfig:
 
     transfer_loss: str = "mse"
     objective: str = "kl"
-    lr_projection1: float = 5e-5
-    lr_map1: float = 1e-3
+    lr_projection1: float = 0.0
+    lr_map1: float = 3e-3
     lr_gate: float = 1e-2
-    lr_score: float = 3e-3
-    lr_projection2: float = 5e-5
-    lr_map2: float = 1e-3
+    lr_score: float = 3e-2
+    lr_projection2: float = 2e-4
+    lr_map2: float = 3e-3
     lr_stage3: float = 1e-5
     warmup: float = 0.05
     clip: float = 1.0

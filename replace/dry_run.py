@@ -88,7 +88,7 @@ def make_plan(config: Config, facts: ModelFacts) -> Plan:
         projections=projections,
         added=added,
         tokens=tokens,  # type: ignore[arg-type]  # three of them
-        trained=(local, local, facts.parameters + added),
+        trained=(local if config.stage.lr_projection1 else added, local, facts.parameters + added),
         training_passes=training,
     )
 

@@ -132,3 +132,9 @@ def test_conf_is_found_beside_the_package_whatever_the_working_directory(
     monkeypatch.chdir(tmp_path)
     assert compose(["+exp=window"]).experiment == "window"
     assert os.path.isabs(CONF)
+
+
+def test_the_defaults_of_the_python_api_are_those_of_the_default_files():
+    composed = compose(["layers=all"])
+    assert composed.attention == Config().attention
+    assert composed.stage == Config().stage
