@@ -32,9 +32,7 @@ class Progress:
 def save_step(
     folder: Path, names: list[str], model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress
 ) -> None:
-    """Write the state inside a stage to `folder/step-<n>`: trained parameters, optimizer moments, random
-    state, counters.
-    """
+    """Write `folder/step-<n>`: trained parameters, optimizer moments, random state and counters."""
     tensors = _parameters(model, names)
     for group in optimizer.param_groups:
         for index, parameter in enumerate(group["params"]):
@@ -74,18 +72,14 @@ def load_step(
 
 
 def save_stage(folder: Path, names: list[str], model: nn.Module, about: dict) -> None:
-    """Write the trained parameters at a stage's end to `folder/final`; the checkpoints inside the stage
-    go.
-    """
+    """Write a finished stage's parameters to `folder/final`; the checkpoints inside the stage go."""
     _write(folder / "final", _parameters(model, names), about)
     for old in folder.glob("step-*"):
         _remove(old)
 
 
 def load_stage(folder: Path, model: nn.Module) -> dict | None:
-    """Take over a finished stage's parameters; returns what `save_stage` was told, or None if the stage is
-    not finished.
-    """
+    """Take over a finished stage's parameters and return what `save_stage` was told; None if unfinished."""
     read = _read(folder / "final")
     if read is None:
         return None
@@ -128,9 +122,7 @@ def _read(folder: Path) -> tuple[dict[str, Tensor], dict] | None:
 
 
 def _remove(folder: Path) -> None:
-    """Delete one of our own checkpoint folders; about.json goes first, so that a half-deleted one is not
-    taken for whole.
-    """
+    """Delete a checkpoint folder of ours; about.json goes first, so that no half of it is taken for whole."""
     for name in ("about.json", "state.safetensors"):
         (folder / name).unlink(missing_ok=True)
     folder.rmdir()

@@ -1,7 +1,7 @@
-"""The rows a stage trains on: text and recall episodes, drawn so that row i of a stage depends on seed, stage
-and i alone.
+"""The rows a stage trains on: text and recall episodes.
 
-Hence a resumed run needs no data state but the number of the step.
+Row i of a stage depends on the config, the seed, the stage and i alone, so a resumed run needs no data state
+but the number of the step.
 """
 
 import random
@@ -62,9 +62,7 @@ class Mixture:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the stage: all tokens are used, the last step may exceed the budget by less
-        than one batch.
-        """
+        """Optimizer steps of the stage: all tokens are used, and less than one step's more."""
         return -(-self.budget.tokens // (self.budget.batch * self.accumulate * self.budget.length))
 
     def batch(self, step: int, accumulate: int = 1, part: int = 0) -> Batch:

@@ -18,12 +18,13 @@ def transfer_loss(kind: str, student: Tensor, teacher: Tensor, real: Tensor | No
     """The loss of one layer's attention output against the teacher's.
 
     Args:
-        kind: mse, huber or cosine. Cosine looks at directions only: magnitude is lost, so it is a last
-            resort.
-        student, teacher: `[B, T, C]`. real: `[B, T]` bool or None.
+        kind: mse, huber or cosine. Cosine looks at directions only: magnitude is lost, a last resort.
+        student, teacher: `[B, T, C]`.
+        real: `[B, T]` bool, False for pads, or None.
 
     Returns:
-        the loss divided by the variance of the target, so that layers weigh alike, and the raw loss.
+        the loss relative to the target's variance (cosine as it is), so that layers weigh alike, and the raw
+        loss.
     """
     s, t = student.float(), teacher.float()
     if real is not None:
@@ -46,8 +47,8 @@ def score_loss(score: Tensor, later: Tensor, keep: int, sinks: int) -> Tensor:
     """Binary cross-entropy of scores against "is among the `keep` tokens with the largest later attention".
 
     Args:
-        score: `[B, G, T]` logits. later: `[B, G, T]` from `replace.observe.later_attention`, 0 where no query
-            counted.
+        score: `[B, G, T]` logits.
+        later: `[B, G, T]` from `replace.observe.later_attention`, 0 where no query counted.
         sinks: the first tokens, which need no score, do not count.
     """
     known = later > 0
@@ -79,15 +80,15 @@ def language_loss(
     real: Tensor | None,
     objective: str,
 ) -> LanguageLoss:
-    """KL to the teacher and/or cross-entropy on the text, plus cross-entropy on the answers of recall
-    episodes.
+    """KL to the teacher, cross-entropy on the text or both, plus cross-entropy on recall answers.
 
     Logits are made chunk by chunk and made again in the backward, so `[B, T, V]` never exists.
 
     Args:
         hidden, teacher_hidden: `[B, T, C]`, what the output embedding is given.
         head, teacher_head: `[N, C]` -> logits `[N, V]`.
-        input_ids: `[B, T]`; position t predicts t + 1. answers, real: `[B, T]` bool.
+        input_ids: `[B, T]`; position t predicts t + 1.
+        answers, real: `[B, T]` bool; real is None where nothing is padded.
         objective: kl, ce or mix (their mean).
     """
     target = input_ids[:, 1:].flatten()

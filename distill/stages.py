@@ -39,8 +39,7 @@ class Stage:
 
     Attributes:
         groups: optimizer groups, `{"params", "lr", "weight_decay", "name"}`.
-        step: computes the gradients of a batch (adds them, scaled by its second argument) and returns the
-            losses.
+        step: adds the gradients of a batch, scaled by its second argument, and returns the losses.
         names: the trainable parameters' names, what a checkpoint must hold.
     """
 
@@ -72,7 +71,8 @@ def replaced_layers(model: nn.Module) -> dict[int, AttentionModule]:
 def local_groups(model: nn.Module, rates: dict[str, float], decay: float) -> tuple[list[dict], list[str]]:
     """Optimizer groups over the replaced layers' parameters; a kind with rate 0 stays frozen.
 
-    Gates and scores get no weight decay: it would pull them towards one half whatever the data say.
+    Read gates, amplitudes and scores get no weight decay here: it would pull them towards their neutral value
+    whatever the data say. Stage 3 has a single group, which decays all by `stage.weight_decay`, 0 by default.
     """
     kinds: dict[str, list[nn.Parameter]] = {kind: [] for kind in KINDS}
     names = []
@@ -248,8 +248,7 @@ def final_hidden(model: PreTrainedModel, inputs: dict) -> Tensor:
 def head_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     """Hidden states to logits, with the scaling or soft cap that some families put on them.
 
-    Under autocast the weight is cast once here: autocast would cast a frozen one again for every chunk of
-    tokens.
+    Under autocast the weight is cast once here; autocast would cast a frozen one anew for every chunk.
     """
     config = model.config.get_text_config(decoder=True)
     embedding = model.get_output_embeddings()

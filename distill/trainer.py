@@ -141,7 +141,7 @@ def _log_step(
     rate: float,
     speed: float,
 ) -> None:
-    """One line of train.jsonl, and the same to the logger."""
+    """One line of train.jsonl; its losses go to the logger too."""
     line = {
         "stage": stage,
         "step": step,

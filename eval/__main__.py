@@ -1,7 +1,6 @@
-"""`python -m eval run=<folder>` and `python -m eval model=<folder or id>`: measure again, or measure
-anything.
+"""`python -m eval run=<folder>` measures a run again, `python -m eval model=<folder or id>` any model.
 
-The same metrics.json and report.md as those of a run. With `run=` the phases that only the run itself could
+It writes the same metrics.json and report.md as a run. With `run=` the phases that only the run itself could
 measure are taken over from its metrics.json, and its last phase is measured anew, from its exported weights;
 a narrower set than quick replaces only the figures that it measures. On other text than the run's (`data=`)
 nothing is taken over, since its figures could not be compared.
@@ -69,8 +68,7 @@ def parse(arguments: Sequence[str]) -> dict[str, str]:
     """key=value arguments.
 
     Raises:
-        UserError: one of them is not key=value, its key is unknown or given twice, or its value is not
-            possible.
+        UserError: one is not key=value, or its key is unknown or given twice, or its value is not possible.
     """
     options: dict[str, str] = {}
     for argument in arguments:

@@ -12,8 +12,7 @@ RESAMPLES = 1000
 
 
 def clopper_pearson(hits: int, trials: int, level: float = LEVEL) -> list[float]:
-    """The exact interval of a binomial rate (Clopper and Pearson 1934): it covers the true rate in at least
-    `level`.
+    """The exact interval of a binomial rate (Clopper and Pearson 1934): it covers with at least `level`.
 
     Raises:
         ValueError: `trials` is 0, or `hits` lies outside 0..trials.
@@ -83,8 +82,7 @@ def bootstrap(
     """The percentile bootstrap over `count` units; None below two units, where resampling says nothing.
 
     Args:
-        statistic: takes the drawn indices [count] and returns the figure; draws that are not finite are left
-            out.
+        statistic: takes drawn indices [count] and gives the figure; draws that are not finite are left out.
     """
     if count < 2:
         return None

@@ -27,8 +27,7 @@ class Reference:
     Attributes:
         rows: the probe tokens [B, T].
         outputs: for each decoder layer the attention's output [B, T, C], fp32, on the model's device.
-        calls: for each layer the arguments of that call, without cache, to call a student's layer with them;
-            on that device too.
+        calls: for each layer the arguments of that call, without cache, for a student's layer; there too.
     """
 
     rows: Tensor
@@ -37,9 +36,7 @@ class Reference:
 
 
 def capture(model: nn.Module, rows: Tensor) -> Reference:
-    """Run `model`, the teacher, on the probe tokens `rows` [B, T] and keep each attention's input and
-    output.
-    """
+    """Run `model` on the probe tokens `rows` [B, T] and keep each attention's input and output."""
     if rows.numel() > LIMIT:
         raise ValueError(f"a probe batch of {rows.numel()} tokens is too large, at most {LIMIT}")
     layers = [module for _, module in attention_layers(model)]

@@ -28,9 +28,7 @@ logger = logging.getLogger(__name__)
 PROBE_TOKENS = 256
 """Tokens of held-out text on which the layers' outputs are compared."""
 SEED = 0
-"""Episodes and bootstraps are the same in every run, whatever its training seed, so that runs can be
-compared.
-"""
+"""Of episodes and bootstraps: the same in every run, whatever its training seed, so that runs compare."""
 
 
 @dataclass
@@ -55,8 +53,7 @@ def yardstick(
 
     Args:
         documents: what `load_documents(config.data)` gave, where the caller has it already.
-        clear: the least number of tokens between a needle and the answer; by default what the config's
-            attention needs.
+        clear: least tokens between a needle and the answer; by default what the config's attention needs.
 
     Raises:
         UserError: the texts cannot be had.
@@ -108,11 +105,9 @@ def measure(
 
     Args:
         phase: one of `eval.metrics.PHASES`.
-        final: whether it is the last phase, which gets the full grid, all ablations and the cost of
-            generation.
+        final: whether it is the last phase, which gets the full grid, all ablations and generation.
         using: from `yardstick`.
-        plan: what to measure, by default `eval.plan.plan_for` the budget, narrowed to the config's
-            `eval.name`.
+        plan: what to measure; by default `eval.plan.plan_for` the budget, narrowed to `config.eval.name`.
     """
     if phase not in PHASES:
         raise ValueError(f"{phase!r} is none of {', '.join(PHASES)}")
@@ -242,9 +237,7 @@ def _timed(seconds: dict[str, float], phase: str, name: str) -> Iterator[None]:
 
 
 def conclude(metrics: dict, parts: dict[str, int]) -> None:
-    """Add to `metrics` what follows from all phases: parts, recovery and verdict of the last phase, in
-    place.
-    """
+    """Add to `metrics`, in place, the parts and the last phase's recovery and verdict."""
     student = last_student(metrics)
     metrics["parts"] = parts
     if student is None:

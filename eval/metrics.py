@@ -1,22 +1,24 @@
 """metrics.json: every figure of a run, by phase. A stable schema that scripts, sweeps and the report read.
 
-    {"schema": 1, "model", "attention", "layers": [..], "seed", "device", "wall_seconds": {"<phase>":
-    seconds},
+    {"schema": 1, "model", "attention", "layers": [..], "seed", "device",
+     "wall_seconds": {"<phase>" | "eval <phase>": seconds},
      "parts": {"replaced", "memory", "pairs", "full_attention": numbers of layers},
-     "replaced": [{"layer", "path", "old_class", "new_class", "parameters", "state_bytes",
-                   "output": {"mean", "std", "min", "max", "beyond_fp16"}}],
+     "replaced": [{"layer", "path", "old_class", "new_class", "variant", "parameters", "new_parameters",
+                   "state_bytes", "output": {"mean", "std", "min", "max", "beyond_fp16"}}],
      "phases": {"<phase>": a phase}, "recovery": {"<figure>": {"value", "interval"} or with "why"},
      "verdict": {"memory", "pairs", "memory_and_pairs", "carried_by_full_attention", "details"}}
 
 A phase is one of PHASES and has, as far as it was measured,
 
     {"perplexity": {"<text>": see eval.perplexity}, "probes": see eval.probes,
-     "passkey", "niah": {"cells", "means"}: see eval.niah (a pass key in a phrasing of the training; needles
-     in new phrasings), "ablation": {"memory_off" | "pairs_off" | "memory_and_pairs_off": {"perplexity",
-     "passkey", "niah"}}, "layer_outputs": see eval.layer_outputs, "speed": {"state": see
-     eval.speed.kept_bytes, "decode"}, "generation": {"episodes", "exact", "agrees"}, "seconds":
-     {"<measurement>": seconds}, "training": {"tokens", "loss_first", "loss_last", "skipped_steps", "clamped",
-     "nonfinite"}}
+     "passkey", "niah": {"cells", "means"}: see eval.niah (a pass key in phrasings of the training; needles in
+                                            phrasings never trained on),
+     "ablation": {"memory_off" | "pairs_off" | "memory_and_pairs_off": {"perplexity", "passkey", "niah"},
+                  "<one that is not measured>": {"why"}},
+     "layer_outputs": see eval.layer_outputs,
+     "speed": {"state": see eval.speed.kept_bytes, "decode": see eval.speed.decode_speed},
+     "generation": {"episodes", "exact", "agrees"}, "seconds": {"<measurement>": seconds},
+     "training": {"tokens", "loss_first", "loss_last", "skipped_steps", "clamped", "nonfinite"}}
 
 A phase that did not run is absent. A figure that could not be measured is null, with a "why" beside it.
 """

@@ -21,9 +21,7 @@ from replace.episodes import Episode
 
 @dataclass(frozen=True)
 class Cell:
-    """One place of the grid. `phrasing` is train or test (never trained on); `depth` 0..1 from the text's
-    start.
-    """
+    """One place of the grid: `phrasing` is train or test (never trained on), `depth` 0..1 from the start."""
 
     length: int
     depth: float

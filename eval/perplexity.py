@@ -1,10 +1,9 @@
-"""Perplexity of a held-out text, with everything a reader needs to compare it: protocol, interval, position
-buckets.
+"""Perplexity of a held-out text, with what a comparison needs: protocol, interval, position buckets.
 
 A text is tokenised as the tokenizer does by itself (no beginning-of-sequence token is added by hand), its
-first `tokens` tokens are cut into windows of `length` that start every `stride` tokens, and every token is
-scored once, by the window in which it has the most context. Windows are independent of each other: no state
-is carried over.
+first `tokens` tokens are cut into windows of `length` that start every `stride` tokens, and every token that
+has context in a window is scored once, by the window in which it has the most. Windows are independent of
+each other: no state is carried over.
 """
 
 import math
@@ -23,9 +22,7 @@ EDGES = (0, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 CHUNK = 256
 """Tokens whose logits are held in fp32 at once."""
 CHARACTERS_PER_TOKEN = 12
-"""More characters than a token has on average in any text, so that a long book need not be tokenised to its
-end.
-"""
+"""More than an average token has, so that a long book need not be tokenised to its end."""
 
 
 def perplexity(
@@ -131,11 +128,10 @@ def tokenise(tokenizer, text: str, tokens: int) -> tuple[list[int], np.ndarray]:
 
 
 def windows(count: int, length: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """The windows over `count` tokens as (start, stop, first scored): each token but the first of a text is
-    scored once.
+    """The windows over `count` tokens as (start, stop, first scored): no token is scored twice.
 
-    A disjoint window's first token has no context and is not scored; nor is a last window of a single new
-    token.
+    A window's first token has no context there: where windows are disjoint it is not scored, nor is a last
+    window of a single token.
     """
     scored_to = 0
     for start in range(0, count, stride):
@@ -174,9 +170,7 @@ def token_losses(model, rows: Tensor) -> Tensor:
 
 
 def summary(sums: list[dict], seed: int = 0) -> dict:
-    """{"ppl", "interval"} of window sums as `perplexity` returns them; the interval is a bootstrap over
-    windows.
-    """
+    """{"ppl", "interval"} of window sums as `perplexity` gives them; the interval is a bootstrap."""
     nll = np.array([window["nll"] for window in sums])
     tokens = np.array([window["tokens"] for window in sums])
     value = exponential(float(nll.sum() / tokens.sum()))

@@ -36,7 +36,7 @@ NOT_MEASURED = {
     "other_text_state": "not part of this plan",
     "sliding_window_control": "a run of its own is needed: python -m replace +exp=window",
 }
-"""The other ablations of the schema: null, with the reason."""
+"""The other ablations of the schema, and why they are not measured."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,7 @@ def only(plan: Plan, name: str) -> Plan:
 
 
 def clear_tokens(attention: AttentionConfig) -> int:
-    """Tokens that must lie between a needle and the answer so that no query of the answer sees the needle
-    exactly.
+    """Tokens between a needle and the answer so that no query of the answer sees the needle exactly.
 
     The exact part of a query reaches back at most `window` tokens and its own block (02).
     """

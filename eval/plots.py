@@ -117,9 +117,7 @@ def loss_by_stage(log: Sequence[dict]) -> Figure:
 
 
 def transfer_by_layer(phases: dict) -> Figure:
-    """Each layer's transfer error (given the teacher's input) before the training, after stage 1 and at the
-    end.
-    """
+    """Each layer's error, given the teacher's input and in place: untrained, after stage 1, at the end."""
     chosen = [name for name in ("swapped", "stage1", _last(phases)) if name in phases]
     chosen = [name for name in dict.fromkeys(chosen) if phases[name].get("layer_outputs")]
     if not chosen:
@@ -147,9 +145,7 @@ def transfer_by_layer(phases: dict) -> Figure:
 
 
 def perplexity_by_phase(phases: dict) -> Figure:
-    """Left: each text's perplexity by phase with its interval, the teacher's as a line. Right: by position
-    in the window.
-    """
+    """Each text's perplexity by phase (the teacher's as a line), and by position in the window."""
     measured = [name for name in PHASES if (phases.get(name) or {}).get("perplexity")]
     corpora = sorted({corpus for name in measured for corpus in phases[name]["perplexity"]})
     if not corpora:
@@ -194,9 +190,7 @@ def _by_phase(axis: Axes, figures: dict[str, dict]) -> None:
 
 
 def recall_by_depth(phases: dict) -> Figure:
-    """The last phase's recall: a panel for each task and length, bars by depth for each state of the
-    ablation.
-    """
+    """The last phase's recall: a panel for each task and length, bars by depth for each ablation."""
     phase = phases.get(_last(phases), {})
     panels = [(task, length) for task in TASK_WORDS for length in _lengths(phase, task)]
     if not panels:

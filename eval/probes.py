@@ -8,9 +8,7 @@ import torch
 
 @dataclass(frozen=True)
 class Probe:
-    """A prompt and what a sound continuation contains; None where anything goes and only the text is
-    shown.
-    """
+    """A prompt and what a sound continuation contains; None where the text is only shown."""
 
     prompt: str
     expected: str | None

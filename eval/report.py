@@ -1,7 +1,7 @@
 """report.md: what a person reads first. Every word about a result follows from a number in metrics.json.
 
-The text is arranged in report.md.j2; here the numbers become words. What is missing is named: "not measured:
-why".
+The text is arranged in report.md.j2; here the numbers become words, and what is missing is named with the
+reason ("not measured: ...").
 """
 
 import json
@@ -196,9 +196,7 @@ def _phase_table(phases: dict) -> dict:
 
 
 def _recall(phases: dict, main: dict) -> list[dict]:
-    """A table for each task with its distractor row, by length and haystack, with the ablation twins beside
-    it.
-    """
+    """A table for each task by length, haystack and distractors, the ablations and the teacher beside it."""
     tables = []
     for task, words in TASK_WORDS.items():
         cells = (main.get(task) or {}).get("cells", [])
@@ -338,9 +336,7 @@ def _training(metrics: dict, log: Sequence[dict]) -> list[dict]:
 
 
 def _loss(entry: dict, lines: Sequence[dict]) -> str:
-    """A stage's loss at its beginning and end: means, since a single row says more of itself than of the
-    model.
-    """
+    """A stage's loss at its beginning and end: means, since one row says more of itself than of the model."""
     losses = [line["loss"] for line in lines if line.get("loss") is not None]
     if not losses:
         return f"{short(entry.get('loss_first'))} → {short(entry.get('loss_last'))} (first and last step)"

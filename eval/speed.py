@@ -1,6 +1,4 @@
-"""What generation costs: bytes that are kept between tokens, and tokens a second, at several lengths of
-context.
-"""
+"""What generation costs at several lengths: bytes kept between tokens, and decoded tokens a second."""
 
 import time
 from collections.abc import Iterator
@@ -45,8 +43,8 @@ def prefill(model: PreTrainedModel, length: int, *, seed: int = 0, label: str = 
 def kept_bytes(model: PreTrainedModel, lengths: list[int]) -> list[dict]:
     """Bytes kept between tokens for one row at each length.
 
-    Ordinary caches grow by a fixed number of bytes a token, so theirs are computed. A swapped model is really
-    run, but only the first layer of each kind (shapes of the state); the others are of those kinds.
+    Ordinary caches grow by a fixed number of bytes a token, up to their window, so theirs are computed. A
+    swapped model is really run, but only the first layer of each kind (shapes of its state).
 
     Returns:
         [{"length", "bytes", "how"}].

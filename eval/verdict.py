@@ -83,8 +83,7 @@ def recall_gain(on: dict, off: dict) -> dict | None:
 
 
 def perplexity_gain(on: dict, off: dict, *, seed: int = 0) -> dict | None:
-    """How much lower perplexity is with the part on, as a share, paired by window over all texts; None if
-    unmeasured.
+    """How much lower perplexity is with the part on, paired by window over all texts; None if unmeasured.
 
     The share is ppl(off) / ppl(on) - 1; the interval is a bootstrap over windows.
     """
@@ -108,8 +107,7 @@ def _vote(gain: float, interval: Sequence[float] | None, threshold: float) -> st
 def paired_hits(one: dict, other: dict, *, distractors: bool = False) -> tuple[list[int], list[int]]:
     """The hits of the episodes that two phases (or ablations) share, in the same order.
 
-    A cell's episodes are drawn in a fixed order, so where one has fewer, they are the first ones of the
-    other.
+    A cell's episodes are drawn in a fixed order, so where one has fewer, they are the other's first ones.
     """
     first, second = _cells(one), _cells(other)
     left: list[int] = []
@@ -163,19 +161,19 @@ def _log_ratio(one: dict, other: dict, seed: int) -> tuple[float | None, list[fl
 
 
 def recovery(phases: dict[str, dict], student: str, *, seed: int = 0) -> dict:
-    """(student - swapped) / (teacher - swapped) for every figure that all three have: 1 is the teacher, 0 the
-    swap.
+    """(student - swapped) / (teacher - swapped) for every figure that all three have.
 
-    Perplexities enter by their logarithm, on the windows that all three scored. It can be below 0 and above
-    1.
+    0 is the swap, 1 the teacher; it can be below 0 and above 1. Perplexities enter by their logarithm, on the
+    windows that all three scored.
 
     Args:
         phases: metrics.json's phases.
         student: the phase that is judged.
 
     Returns:
-        {"perplexity/<text>", "recall": {"value", "interval"}, or {"value": null, "why"}} where the swap did
-        no damage that can be told from 0, or a phase is missing}.
+        {"perplexity/<text>", "recall": {"value", "interval"}}; both are null, with a "why", where the swap's
+        damage cannot be told from 0 or was not measured. {"all": {..., "why"}} alone where a phase is missing
+        or nothing was trained.
     """
     missing = [name for name in ("teacher", "swapped", student) if name not in phases]
     if missing:

@@ -10,7 +10,5 @@ def wide(x: Tensor) -> Tensor:
 
 
 def count_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of weights behind a running mean: fp64 counts tokens exactly to 2^53; where a device has
-    none, fp32.
-    """
+    """Of weights behind a running mean: fp64, which counts tokens exactly to 2^53; fp32 on mps."""
     return torch.float32 if device.type == "mps" else torch.float64

@@ -1,6 +1,8 @@
 """Replace softmax attention in a pretrained decoder LLM, and know what was kept and what was lost.
 
-from replace import AttentionConfig, SwapSpec, export_model, load, restore, swap
+Names to import:
+
+    from replace import AttentionConfig, SwapSpec, export_model, load, restore, swap
 """
 
 import importlib

@@ -21,8 +21,8 @@ class State:
         pair_keys, pair_values: `[B, G, K, D]`; pair_score `[B, G, K]` fp32, -inf in empty places;
             pair_position `[B, G, K]` int64; pair_weight `[B, G, K]` fp32, the write gates, for a pair that
             later moves into the memory.
-        memory_M `[B, G, F, D]`, memory_z `[B, G, F]` fp32, memory_n `[B, G]`: see
-        `kernels.linear_memory.chunk`.
+        memory_M, memory_z, memory_n: `[B, G, F, D]` and `[B, G, F]` fp32, `[B, G]`; see
+            `kernels.linear_memory.chunk`.
     """
 
     length: Tensor
@@ -52,9 +52,11 @@ class State:
 
 
 class ReplacedCacheLayer(CacheLayerMixin):
-    """One layer's place in a transformers cache. It counts every token it has seen, pads included, because
-    masks are made from
-    that count; the state itself counts real tokens only."""
+    """One layer's place in a transformers cache.
+
+    It counts every token it has seen, pads included, because masks are made from that count; the state itself
+    counts real tokens only.
+    """
 
     is_sliding = False
     is_croppable = False
@@ -69,9 +71,7 @@ class ReplacedCacheLayer(CacheLayerMixin):
         """Nothing to do: the mixer makes the state in its first forward."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Never called by a replaced layer; an unreplaced one that lands here would lose its keys, so it is
-        an error.
-        """
+        """An error: replaced layers never call it, and an unreplaced one would lose its keys here."""
         raise RuntimeError("this cache slot belongs to a replaced layer; its mixer keeps its own state.")
 
     def store(self, state: State, tokens: int) -> None:

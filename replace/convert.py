@@ -20,9 +20,7 @@ from replace.rotary import RotarySpec, family_rotation, measure_rotary, unrotate
 logger = logging.getLogger(__name__)
 
 IDENTITY_LIMIT = 1e-3
-"""Largest difference of the logits, relative to their largest magnitude, that an identity swap may show in
-fp32.
-"""
+"""Largest difference of logits, relative to their largest magnitude, of an identity swap in fp32."""
 
 
 @dataclass
@@ -68,9 +66,7 @@ class Replacement:
 
 @dataclass
 class Conversion:
-    """What a swapped model carries along: its spec, the report, and the frozen originals if they were
-    kept.
-    """
+    """What a swapped model carries along: its spec, the report, and the frozen originals if kept."""
 
     spec: SwapSpec
     replacements: list[Replacement]
@@ -129,8 +125,8 @@ def swap(
             an export that was checked when it was made is loaded).
 
     Raises:
-        UserError: a layer does not exist, is replaced already, or cannot be captured; the model is then as it
-            was.
+        UserError: a layer does not exist or cannot be captured, an option is refused, or the model is swapped
+            already; it is then as it was.
     """
     layers = attention_layers(model)
     by_index = {module.layer_idx: (path, module) for path, module in layers}
@@ -173,8 +169,7 @@ def swap(
 
 
 def restore(model: PreTrainedModel) -> None:
-    """Undo `swap`: the old classes and configs come back, with the old weights where `keep_originals` kept
-    them.
+    """Undo `swap`: the old classes and configs come back, and the old weights where they were kept.
 
     Raises:
         UserError: the model was not swapped.
@@ -196,9 +191,7 @@ def restore(model: PreTrainedModel) -> None:
 
 
 def _beside(module: nn.Module, original: nn.Module) -> nn.Module:
-    """The kept original, on the device and in the dtype of the layer that replaced it: it does not move with
-    the model.
-    """
+    """The kept original, which does not move with the model, on the replaced layer's device and dtype."""
     here, there = next(module.parameters()), next(original.parameters())
     if (here.device, here.dtype) != (there.device, there.dtype):
         original.to(here.device, here.dtype)
@@ -207,8 +200,7 @@ def _beside(module: nn.Module, original: nn.Module) -> nn.Module:
 
 @contextmanager
 def teacher_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Within the block the frozen originals attend in place of the replaced layers: the teacher, without a
-    second model.
+    """Within the block the frozen originals attend again: the teacher, without a second model.
 
     Raises:
         UserError: the originals were not kept.
@@ -248,9 +240,7 @@ def mixers(model: nn.Module) -> dict[int, nn.Module]:
 
 @torch.no_grad()
 def _probe(model: PreTrainedModel, modules: list[AttentionModule]) -> dict[int, RotarySpec | None]:
-    """Run a short text and read each layer's rotary encoding off what its forward is given; check that
-    un-rotating is exact.
-    """
+    """Read each layer's rotary encoding off what its forward is given; check that un-rotating is exact."""
     seen: dict[int, tuple[Tensor, Tensor] | None] = {}
     precise: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -313,8 +303,7 @@ def probe_ids(model: PreTrainedModel, length: int = 24) -> Tensor:
 
 @torch.no_grad()
 def _identity_guard(model: PreTrainedModel, layers: dict[int, tuple[str, AttentionModule]]) -> None:
-    """Capture with the teacher's own softmax must give the teacher's logits, or the capture cannot be
-    trusted.
+    """Capture with the teacher's own softmax must give the teacher's logits, or it cannot be trusted.
 
     Raises:
         UserError: it does not; the model is as it was.

@@ -1,6 +1,4 @@
-"""The one exception a person is meant to read: a sentence that names the field, the value and what is
-allowed.
-"""
+"""The one exception a person is meant to read: a sentence with the field, the value, what is allowed."""
 
 from collections.abc import Iterable
 

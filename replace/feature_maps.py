@@ -1,5 +1,4 @@
-"""Feature maps: q or k `[B, H, T, D]` -> features `[B, H, T, F]` >= 0 in fp32, so that phi(q).phi(k) can
-stand for a weight.
+"""Feature maps phi: q or k `[B, H, T, D]` -> `[B, H, T, F]` >= 0 in fp32; phi(q).phi(k) is a weight.
 
 A map is a class in the registry with `features(head_dim) -> F` and a constructor `(heads, head_dim)`.
 """
@@ -15,8 +14,9 @@ FEATURE_MAPS: Registry = Registry("attention.feature_map")
 
 @FEATURE_MAPS.register("elu")
 class Elu(nn.Module):
-    """elu(x) + 1 (Katharopoulos et al. 2020), computed as relu(x) + exp(min(x, 0)): the sum elu(x) + 1
-    rounds to 0 at x = -20.
+    """elu(x) + 1 (Katharopoulos et al. 2020).
+
+    It is computed as relu(x) + exp(min(x, 0)), because the sum elu(x) + 1 rounds to 0 at x = -20.
     """
 
     def __init__(self, heads: int, head_dim: int) -> None:

@@ -1,6 +1,4 @@
-"""Writes that are either whole or not there: everything goes to a temporary name first and is then
-renamed.
-"""
+"""Writes that are whole or not there: all goes to a temporary name first and is then renamed."""
 
 import os
 import shutil

@@ -1,5 +1,4 @@
-"""One layer class for every family: transformers computes q, k and v and projects out; the mixer does what
-lies between.
+"""One layer class for every family: transformers projects in and out, the mixer does what lies between.
 
 The attention object stays what it was; its class becomes a subclass of its own class, made on the fly, and
 its config a shallow copy that names our attention function. So old parameters keep their names, and masks are
@@ -22,9 +21,10 @@ from replace.mixer import Call, Heads
 from replace.rotary import family_rotation, unrotate
 
 IMPLEMENTATION = f"layer_replace_{zlib.crc32(__name__.encode()):08x}"
-"""The name under which transformers' attention interface knows our function: another one in each copy of this
-file, because an
-export that is loaded beside the project brings its own."""
+"""The name under which transformers' attention interface knows our function.
+
+Another one in each copy of this file, because an export that is loaded beside the project brings its own.
+"""
 
 AttentionModule: TypeAlias = Any
 """Any family's attention module. Any, because torch types every attribute of a Module as Tensor | Module."""
@@ -34,9 +34,7 @@ CACHE_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value")
 
 
 class ReplacedAttention(nn.Module):
-    """Mixed into a family's attention class: takes the cache away from the family and hands the call's
-    context through.
-    """
+    """Mixed into a family's attention class: keeps the cache from the family, hands the context through."""
 
     mixer: nn.Module
     layer_idx: int
@@ -113,8 +111,7 @@ AttentionInterface.register(IMPLEMENTATION, replaced_attention)
 
 
 def real_tokens(mask: Tensor | None, tokens: int, seen: int = 0) -> Tensor | None:
-    """`[B, T]` bool, False for pads, read off the diagonal of a 4D mask: a token sees itself unless it is a
-    pad.
+    """`[B, T]` bool, False for pads, off the diagonal of a 4D mask: all tokens but pads see themselves.
 
     Args:
         mask: None (nothing is padded), bool `[B, 1, T, P]`, or additive float of that shape. The last T keys

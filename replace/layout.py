@@ -13,13 +13,14 @@ from torch import Tensor
 
 @dataclass
 class Layout:
-    """Where each token goes. N new blocks of S tokens follow L blocks of lookback; a "sequence" is a document
-    of a row.
+    """Where each token goes: N new blocks of S tokens behind L blocks of lookback, in Q sequences.
+
+    A sequence is one document of a row.
 
     Attributes:
-        block: S. lookback: L. blocks: N.
-        start: `[Q]` int64, position of slot 0 (the first slot of the lookback) in each sequence; negative
-            before the beginning.
+        block, lookback, blocks, tokens: S, L, N and T.
+        start: `[Q]` int64, position of slot 0, the lookback's first, in each sequence; negative before the
+            beginning.
         length: `[Q]` int64, real tokens of each sequence, those before this call included.
         before: `[Q]` int64, real tokens before this call.
         row: `[Q]` the batch row of each sequence, or None where sequences are rows.
@@ -138,7 +139,9 @@ def documents_of(position_ids: Tensor | None, real: Tensor | None, shape: tuple[
     """Number the documents packed into each row: a new one starts where positions do not go on by one.
 
     Args:
-        position_ids: `[B or 1, T]`, or None. real: `[B, T]` bool or None. shape: (B, T).
+        position_ids: `[B or 1, T]`, or None.
+        real: `[B, T]` bool, False for pads, or None.
+        shape: (B, T).
 
     Returns:
         `[B, T]` int64, or None where every row is one document. Pads do not count; across them positions may

@@ -13,7 +13,7 @@ class Logger(Protocol):
     """Takes figures as they come."""
 
     def log(self, figures: Mapping[str, Any], step: int) -> None:
-        """Record `figures` after `step` tokens of the running stage."""
+        """Record `figures` at `step`: tokens of the running stage, or phases measured so far."""
 
     def finish(self) -> None:
         """Close; safe to call once at the end of a run, failed or not."""

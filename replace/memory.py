@@ -58,14 +58,14 @@ class MemoryMixer(BlockMixer):
     has_memory = True
 
     holds_retained: ClassVar[bool] = True
-    """Whether the memory also holds the retained pairs (a read of its own), or only what was not retained (a
-    shared denominator,
-    where each pair must be in exactly one place)."""
+    """Whether the memory also holds the retained pairs, as one with a read of its own may.
+
+    Under a shared denominator it must not: there each pair has to be in exactly one place.
+    """
 
     @classmethod
     def check(cls, options: AttentionConfig) -> None:
-        """As the base does; and where the memory lacks the retained pairs, self recall must be able to add
-        them.
+        """As the base does; and self recall must be able to add the retained pairs to a memory without them.
 
         Raises:
             UserError: a score by self recall with an update whose order matters.
@@ -104,8 +104,7 @@ class MemoryMixer(BlockMixer):
         return wide(x) * scale
 
     def remember(self, blocks: Blocks, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-        """Read, for every query, the memory of what left the window before its block; then keep the written
-        states.
+        """Read, for every query, the memory before its block; what was written goes to `blocks.written`.
 
         Returns:
             phi(q) M `[Q, G, N, R S, D]`, phi(q).z `[Q, G, N, R S, 1]` and n `[Q, G, N, 1, 1]`.
@@ -132,7 +131,8 @@ class MemoryMixer(BlockMixer):
         """Write blocks on top of `initial`.
 
         Args:
-            k, v: `[Q, G, N, S, D]`. weight, positions: `[Q, G, N, S]`.
+            k, v: `[Q, G, N, S, D]`.
+            weight, positions: `[Q, G, N, S]`.
 
         Returns:
             phi(k) `[Q, G, N, S, F]`; `[Q, G, N, S]` bool, False where a token was too large to be written;
@@ -149,9 +149,7 @@ class MemoryMixer(BlockMixer):
 
     @torch.no_grad()
     def scores(self, blocks: Blocks, key: Tensor, value: Tensor, call: Call) -> Tensor:
-        """As the base does; a score by self recall asks a memory of all older tokens, the retained ones
-        included.
-        """
+        """As the base does; self recall asks a memory of all older tokens, the retained ones included."""
         assert self.score is not None
         if self.score.needs != "memory":
             return super().scores(blocks, key, value, call)

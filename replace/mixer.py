@@ -1,5 +1,4 @@
-"""The part that all block-wise variants share: what stays exact, what is retained, what leaves, and the state
-between calls.
+"""What all block-wise variants share: what stays exact, is retained or leaves, and the state between calls.
 
 Positions count the real tokens of a sequence; blocks of S tokens start at multiples of S. For a query in
 block i the exact keys are its own block up to itself, the L = window / S blocks before it, the first `sinks`
@@ -34,9 +33,7 @@ VARIANTS: Registry[type[nn.Module]] = Registry("attention.name", "replace.attent
 
 @dataclass
 class Heads:
-    """The shape of one attention layer: H query heads, G key-value heads, D per head, C the width of its
-    input.
-    """
+    """The shape of an attention layer: H query heads, G key-value heads, D per head, C its input's width."""
 
     query: int
     key_value: int
@@ -55,7 +52,8 @@ class Call:
 
     Attributes:
         hidden: `[B, T, C]`, the attention layer's input.
-        scaling: the teacher's softmax scale. dropout, softcap, sliding_window: the teacher's, or 0 / None.
+        scaling: the teacher's softmax scale.
+        dropout, softcap, sliding_window: the teacher's, or 0 / None.
         sink_logit: `[H]`, the teacher's learned sinks, or None.
         real: `[B, T]` bool, False for pads; None where nothing is padded.
         document: `[B, T]` int64 numbers of packed documents, or None.
@@ -78,12 +76,14 @@ class Blocks:
     """One call in block-aligned form. Q sequences, N blocks of queries, W = (L + N) S slots.
 
     Attributes:
-        q: `[Q, H, N S, D]` position-free. k, v: `[Q, G, W, D]` position-free and finite. valid: `[Q, W]`,
-            slots that hold a token.
-        bad: `[Q, G, W]`, tokens whose key or value was not finite (they are zero in k and v).
-        state: the state before the call, or None. score, weight: `[Q, G, W]` fp32 or None.
-        selection: the retained pairs before each block. pool_k, pool_v: `[Q, G, K + N S, D]` what its indices
-            point into.
+        q: `[Q, H, N S, D]` position-free.
+        k, v: `[Q, G, W, D]` position-free and finite.
+        valid: `[Q, W]` bool, slots that hold a token.
+        bad: `[Q, G, W]` bool, tokens whose key or value was not finite (they are zero in k and v).
+        state: the state before the call, or None.
+        score, weight: `[Q, G, W]` fp32 or None.
+        selection: the retained pairs before each block, or None.
+        pool_k, pool_v: `[Q, G, K + N S, D]`, what its indices point into.
         written: the memory before each block and after the last, where the variant has one.
     """
 
@@ -108,9 +108,13 @@ class Blocks:
 
 
 class Part(NamedTuple):
-    """Exact keys and values of each block `[Q, G, N, P, D]`, their positions `[Q, 1 or G, N, P]`, and which
-    of them
-    each query sees `[Q, 1 or G, N, 1 or S, P]` bool."""
+    """Exact keys and values of each block, their positions, and which of them each query sees.
+
+    Attributes:
+        k, v: `[Q, G, N, P, D]`.
+        position: `[Q, 1 or G, N, P]` int64.
+        seen: `[Q, 1 or G, N, 1 or S, P]` bool.
+    """
 
     k: Tensor
     v: Tensor
@@ -166,7 +170,6 @@ class BlockMixer(nn.Module):
         return isinstance(self.score, LearnedScore)
 
     # The call
-    # ------------------------------------------------------------------------------------------------------
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
         """Attend.
@@ -197,7 +200,6 @@ class BlockMixer(nn.Module):
         return exact
 
     # From tokens to blocks
-    # -----------------------------------------------------------------------------------------
 
     def arrange(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Blocks:
         """Tokens to block-aligned slots, with the local part of the cache in front."""
@@ -230,9 +232,7 @@ class BlockMixer(nn.Module):
         return Blocks(layout, layout.new(query), k, v, valid, bad, state)
 
     def _with_past(self, layout: Layout, new: Tensor, past: Tensor | None) -> Tensor:
-        """Put the lookback (and what the cache holds of the first block) before the new slots: dim 2 grows
-        by L S.
-        """
+        """Put the lookback (and the first block's cached part) before the new slots: dim 2 grows by L S."""
         held = self.lookback * self.block
         if past is None:
             return (
@@ -255,9 +255,7 @@ class BlockMixer(nn.Module):
 
     @torch.no_grad()
     def scores(self, blocks: Blocks, key: Tensor, value: Tensor, call: Call) -> Tensor:
-        """`[Q, G, W]` fp32: what decides about retention, settled for the blocks that leave; see
-        `replace.scores`.
-        """
+        """`[Q, G, W]` fp32: what decides about retention, settled for leaving blocks (`replace.scores`)."""
         assert self.score is not None
         layout, needs = blocks.layout, self.score.needs
         past = None if blocks.state is None else blocks.state.score
@@ -309,12 +307,9 @@ class BlockMixer(nn.Module):
         blocks.pool_v = torch.cat([past_v.to(blocks.v.dtype), blocks.v[:, :, blocks.leaving]], dim=2)
 
     # The exact part
-    # ------------------------------------------------------------------------------------------------
 
     def attend_exactly(self, blocks: Blocks, call: Call) -> tuple[Tensor, Tensor | None]:
-        """Softmax over sinks, retained pairs and window: `[Q, G, N, R S, D]`, and the log-denominator if
-        needed.
-        """
+        """Softmax over sinks, pairs and window `[Q, G, N, R S, D]`, and its log-denominator or None."""
         parts = [*self._sink_part(blocks), *self._pair_part(blocks), self._window_part(blocks, call)]
         q, k, v, mask = self._in_frame(blocks, parts)
         if not (self.needs_mass or call.softcap is not None or call.sink_logit is not None):
@@ -361,8 +356,11 @@ class BlockMixer(nn.Module):
         return layout.start.unsqueeze(1) + torch.arange(layout.blocks, device=blocks.k.device) * self.block
 
     def _in_frame(self, blocks: Blocks, parts: list[Part]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Queries `[Q, G, N, R S, D]`, keys and values `[Q, G, N, P, D]` rotated in each block's frame, and
-        the mask `[Q, G, N, S, P]`, which all R heads share.
+        """What softmax is given, queries and keys rotated in each block's frame.
+
+        Returns:
+            queries `[Q, G, N, R S, D]`, keys and values `[Q, G, N, P, D]`, and the mask `[Q, G, N, S, P]`,
+            which all R heads share.
         """
         count, size = blocks.layout.blocks, self.block
         groups, repeat = self.heads.key_value, self.heads.repeat
@@ -392,18 +390,14 @@ class BlockMixer(nn.Module):
         return per_head.expand(-1, -1, -1, -1, self.block, -1).flatten(3, 4)
 
     def _origin(self, window_start: Tensor) -> Tensor:
-        """`[Q, N]`: position 0 of each block's frame, so that the block's last query is at most
-        `distance_cap`.
-        """
+        """`[Q, N]`: where each block's frame begins, so that its last query is at most at `distance_cap`."""
         cap = self.options.distance_cap
         if cap is None:
             return torch.zeros_like(window_start)
         return (window_start + (self.lookback + 1) * self.block - 1 - cap).clamp_min(0)
 
     def _window_mask(self, blocks: Blocks, call: Call, slots: Tensor) -> Tensor:
-        """`[Q, N, S, span]`: which window slots each query sees; always itself, so that no row of the
-        softmax is empty.
-        """
+        """`[Q, N, S, span]`: the window slots each query sees; always itself, so that no softmax is empty."""
         size, span = self.block, slots.shape[-1]
         own = torch.arange(span - size, span, device=slots.device).unsqueeze(-1)
         key = torch.arange(span, device=slots.device)
@@ -415,9 +409,11 @@ class BlockMixer(nn.Module):
         return mask | (key == own)
 
     def _sinks(self, blocks: Blocks) -> tuple[Tensor, Tensor, Tensor]:
-        """The first tokens of each sequence `[Q, G, n, D]`: still local while block 0 is, from the state
-        afterwards; and
-        `[Q, G, n]` bool, which of them are not finite."""
+        """The first tokens of each sequence: local while block 0 is, from the state afterwards.
+
+        Returns:
+            keys and values `[Q, G, n, D]`, and `[Q, G, n]` bool, which of them are not finite.
+        """
         count = self.options.sinks
         slot = (-blocks.layout.start).clamp_min(0)[:, None] + torch.arange(count, device=blocks.k.device)
         index = slot[:, None, :, None].expand(-1, blocks.k.shape[1], -1, -1)
@@ -445,8 +441,9 @@ class BlockMixer(nn.Module):
         return torch.cat([past, local], dim=2)
 
     def _poison(self, blocks: Blocks, out: Tensor) -> Tensor:
-        """A query whose window holds a non-finite key or value gets NaN, as the teacher's would; the memory
-        skips such tokens.
+        """A query whose window holds a non-finite key or value gets NaN, as the teacher's would.
+
+        The memory skips such tokens.
         """
         size, span = self.block, (self.lookback + 1) * self.block
         fresh = blocks.valid & (blocks.layout.positions() >= blocks.layout.before.unsqueeze(1))
@@ -463,7 +460,6 @@ class BlockMixer(nn.Module):
         return out.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
     # The state
-    # -----------------------------------------------------------------------------------------------------
 
     def next_state(self, blocks: Blocks) -> State:
         """The state of each sequence after this call."""

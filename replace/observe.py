@@ -23,9 +23,7 @@ Look = Callable[[AttentionModule, Tensor, Tensor, float], None]
 def observed_attention(
     module: AttentionModule, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs
 ):
-    """The module's own attention function, after the observer has seen q `[B, H, T, D]` and k `[B, G, T,
-    D]`.
-    """
+    """The module's own attention function, once the observer saw q `[B, H, T, D]` and k `[B, G, T, D]`."""
     name, look = module.layer_replace_observer
     scaling = kwargs.get("scaling")
     look(module, query, key, query.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -39,9 +37,7 @@ AttentionInterface.register(OBSERVED, observed_attention)
 
 @contextmanager
 def observe(modules: list[AttentionModule], look: Look) -> Iterator[None]:
-    """Within the block `look(module, q, k, scaling)` is called for each of these attention modules in every
-    forward.
-    """
+    """Within the block every forward of these attention modules calls `look(module, q, k, scaling)`."""
     configs = [module.config for module in modules]
     try:
         for module, config in zip(modules, configs, strict=True):
@@ -57,8 +53,7 @@ def observe(modules: list[AttentionModule], look: Look) -> Iterator[None]:
 
 @torch.no_grad()
 def later_attention(query: Tensor, key: Tensor, scaling: float, gap: int) -> Tensor:
-    """How much each token is attended to once it has left the window: the teacher's word on what is worth
-    retaining.
+    """How much each token is attended to after it left the window: the teacher's word on what to retain.
 
     Args:
         query: `[B, H, T, D]`; key: `[B, G, T, D]`, rotated.

@@ -127,9 +127,7 @@ def prepare(config: Config, run_dir: Path) -> None:
 
 @contextmanager
 def phase(metrics: dict, run_dir: Path, name: str, log: Logger) -> Iterator[dict | None]:
-    """Yield the dict to fill for a phase, or None if an earlier try of this run has measured it; keep it
-    when the block ends.
-    """
+    """Yield a phase's dict to fill, which is kept when the block ends; None if it was measured already."""
     if name in metrics["phases"]:
         logger.info("%s was measured already", name)
         yield None
@@ -196,9 +194,7 @@ def adopt(model: nn.Module, config: Config, first: int) -> None:
 
 
 def describe(model: PreTrainedModel, conversion: Conversion, using: Yardstick) -> list[dict]:
-    """The replaced layers for the report: classes, parameters, state bytes, and how the old layer's output
-    was distributed.
-    """
+    """The replaced layers for the report: classes, parameters, state bytes, the old outputs' distribution."""
     cache = DynamicCache(config=model.config)
     training = model.training
     with torch.no_grad():
@@ -230,9 +226,7 @@ def distribution(x: Tensor) -> dict[str, float]:
 
 
 def _stage(model: PreTrainedModel, config: Config, number: int) -> Stage:
-    """The stage as data; stage 3 changes what the teacher shares with the student, so it gets a second
-    model.
-    """
+    """The stage as data; stage 3 trains what teacher and student share, so its teacher is a second model."""
     if number == 1:
         return transfer_stage(model, config)
     if number == 2 or config.stage.objective == "ce":

@@ -1,6 +1,4 @@
-"""Names for things: attention variants, feature maps and scores, each found by the name that a config
-gives.
-"""
+"""Names for things: variants, feature maps, updates and scores, found by the name that a config gives."""
 
 import importlib
 import pkgutil

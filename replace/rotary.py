@@ -2,9 +2,8 @@
 
 A replaced layer needs keys without their position (for the memory) and keys at positions other than their own
 (for distances that are capped). Families differ in which dimensions they rotate, how they pair them and how
-they scale their tables, so none of it is
-assumed: the family's function is applied to the unit vectors at position 1, and the matrix that comes out
-    says everything.
+they scale their tables, so none of it is assumed: the family's function is applied to the unit vectors at
+position 1, and the matrix that comes out says everything.
 """
 
 import sys
@@ -42,12 +41,14 @@ def family_rotation(attention: nn.Module):
 
 
 def unrotate(function, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Take the position out of q `[B, H, T, D]` and k `[B, G, T, D]` with the family's own function and
-    tables `[B, T, R]`.
+    """Take the position out of q and k with the family's own function and tables.
 
     The inverse of a plane rotation scaled by r is that by the negative angle divided by r^2, and cos^2 +
     sin^2 = r^2 holds entry by entry however the tables are scaled (YaRN) or rounded (bf16); so the division
     goes into the small tables.
+
+    Args:
+        q: `[B, H, T, D]`; k: `[B, G, T, D]`; cos, sin: `[B, T, R]`.
     """
     cos, sin, width = wide(cos), wide(sin), _rotated_width(cos, q.shape[-1])
     square = cos.square() + sin.square()
@@ -59,9 +60,7 @@ def unrotate(function, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[
 
 
 def _rotated_width(cos: Tensor, width: int) -> int:
-    """How many leading dimensions a call rotates: as many as the table is wide, unless the table is
-    half-width.
-    """
+    """How many leading dimensions a call rotates: as many as the table is wide, at most the head's."""
     return min(cos.shape[-1], width)
 
 
@@ -99,9 +98,7 @@ def measure_rotary(function, cos: Tensor, sin: Tensor, head_dim: int) -> RotaryS
 
 
 class Rotary(nn.Module):
-    """Rotates by position with a measured `RotarySpec`; positions are small integers inside a block's own
-    frame.
-    """
+    """Rotates by integer position, of a block's own frame or of the text, with a measured `RotarySpec`."""
 
     def __init__(self, spec: RotarySpec, table: int) -> None:
         super().__init__()
@@ -117,8 +114,7 @@ class Rotary(nn.Module):
         return (phase.cos() * self.spec.scaling).to(dtype), (phase.sin() * self.spec.scaling).to(dtype)
 
     def forward(self, x: Tensor, positions: Tensor, absolute: bool = False) -> Tensor:
-        """Rotate `x [..., N, D]` to integer `positions [..., N]` (broadcast); fp32 inside, fp32 out (fp64
-        stays).
+        """Rotate `x [..., N, D]` to integer `positions [..., N]` (broadcast), in fp32 or x's fp64.
 
         `absolute`: the positions are those of the text rather than of a frame, and may exceed the table.
         """
@@ -137,9 +133,7 @@ class Rotary(nn.Module):
         return torch.cat([first, second, rest] if rest.shape[-1] else [first, second], dim=-1)
 
     def _look_up(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Tables from a cache of the positions below `table`, the only ones a capped frame has; else
-        computed.
-        """
+        """Tables cached for the positions below `table`, all that a capped frame has; else computed."""
         if not self.table:
             return self.tables(positions, dtype)
         key = (positions.device, dtype)

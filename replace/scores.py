@@ -6,11 +6,9 @@ the future. What a score is given is said by `needs`:
 - `token`: forward(hidden `[B, T, C]`, key, value `[B, G, T, D]`) -> `[B, G, T]`;
 - `position`: forward(positions `[Q, W]` int64) -> `[Q, G, W]`;
 - `window`: forward(weights `[Q, G, N, R, S, P]`, how the R S queries of each block attend to the P slots of
-its window) ->
-  `[Q, G, N, P]`, summed over the blocks that see a slot;
+  its window) -> `[Q, G, N, P]`, summed over the blocks that see a slot;
 - `memory`: forward(value, answer, both `[Q, G, N, S, D]`, the leaving values and what the memory of all older
-tokens answers to
-  their keys) -> `[Q, G, N, S]`.
+  tokens answers to their keys) -> `[Q, G, N, S]`.
 """
 
 from typing import TYPE_CHECKING, ClassVar
@@ -45,23 +43,18 @@ class Score(nn.Module):
         self.groups = heads.key_value
 
     def final(self, score: Tensor) -> Tensor:
-        """On the grid, and finite: a score that overflowed is the lowest, or its pair would be in no place
-        at all.
-        """
+        """On the grid, and finite: one that overflowed is the lowest, or its pair would be in no place."""
         lowest = torch.finfo(score.dtype).min
         return ((score * self.grid).round() / self.grid).nan_to_num(lowest, lowest, lowest)
 
 
 PRIOR = -2.7
-"""The logit of 6 %, the share of tokens that are worth retaining: from 0 the map spends its first hundred
-rows on learning it.
-"""
+"""The logit of 6 %, the share of tokens worth retaining: from 0 it takes a hundred rows to learn it."""
 
 
 @SCORES.register("learned")
 class LearnedScore(Score):
-    """One linear map of the attention layer's input per layer, taught by the teacher's later attention (stage
-    1).
+    """A linear map of the attention layer's input, taught in stage 1 by the teacher's later attention.
 
     At the start all scores are equal, so the earliest tokens are kept.
     """
@@ -91,9 +84,7 @@ class KeyNormScore(Score):
 
 @SCORES.register("random")
 class RandomScore(Score):
-    """A fixed hash of position and head: a baseline that knows nothing, yet the same however the text was
-    cut.
-    """
+    """A fixed hash of position and head: a baseline that knows nothing, the same however a text is cut."""
 
     needs = "position"
 
@@ -109,24 +100,20 @@ class RandomScore(Score):
 
 @SCORES.register("attention")
 class AttentionScore(Score):
-    """The attention that a token receives while it is in the window (Zhang et al.
-
-    2023, H2O, for a bounded time).
-    """
+    """The attention a token receives while in the window (H2O, Zhang et al. 2023, for a bounded time)."""
 
     needs = "window"
 
     def forward(self, weights: Tensor) -> Tensor:
-        """weights `[Q, G, N, R, S, P]` -> `[Q, G, N, P]`: the largest of the group's heads, summed over the
-        queries.
-        """
+        """weights `[Q, G, N, R, S, P]` -> `[Q, G, N, P]`: the group's largest head, summed over queries."""
         return weights.amax(3).sum(3)
 
 
 @SCORES.register("self_recall")
 class SelfRecallScore(Score):
-    """How badly the memory answers for a token with its own key (McDermott et al. 2025, LoLA); what it knows
-    need not be kept.
+    """How badly the memory answers a token's own key (McDermott et al. 2025, LoLA).
+
+    What the memory knows need not be kept.
     """
 
     needs = "memory"

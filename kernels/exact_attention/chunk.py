@@ -15,8 +15,7 @@ def exact_attention(
     Args:
         q: `[B, G, N, Q, D]`, Q = R * S the queries of one block of all R heads that share a key-value head.
         k: `[B, G, N, K, D]`; v: `[B, G, N, K, Dv]`.
-        mask: bool, broadcastable to `[B, G, N, S, K]`, True where a key is seen; every query sees at least
-            one.
+        mask: bool `[B, G, N, S, K]` (broadcast), True where a key is seen; every query sees at least one.
 
     Returns:
         `[B, G, N, Q, Dv]` in the dtype of v.

@@ -7,9 +7,11 @@ from torch import Tensor
 
 
 def exact_keys(t: int, block: int, lookback: int, sinks: int, retained: list[int]) -> list[int]:
-    """Positions that stay exact for the query at position t: its own block up to t, `lookback` blocks before
-    it, the first
-    `sinks` tokens, and the retained positions older than all of these."""
+    """Positions that stay exact for the query at position t, sorted.
+
+    They are its own block up to t, `lookback` blocks before it, and what is older of the first `sinks` tokens
+    and of the retained positions.
+    """
     start = max(0, t // block - lookback) * block
     far = {j for j in (*range(sinks), *retained) if j < start}
     return sorted(far) + list(range(start, t + 1))

@@ -25,8 +25,9 @@ TINY = 1e-30
 
 @dataclass
 class Memory:
-    """M `[..., F, D]` and z `[..., F]` running means in fp32, n `[...]` the weight behind them in fp64
-    (exact to 2^53 tokens).
+    """Running means M `[..., F, D]` and z `[..., F]` in fp32, and the weight n `[...]` behind them.
+
+    n is in fp64, exact to 2^53 tokens, where the device has it (`kernels.numerics.count_dtype`).
     """
 
     M: Tensor
@@ -47,8 +48,9 @@ def block_updates(phi_k: Tensor, v: Tensor, weight: Tensor, clamp: float) -> tup
     """The mean update of each block, limited.
 
     Args:
-        phi_k: `[B, G, N, S, F]` fp32, finite. v: `[B, G, N, S, D]` fp32, finite. weight: `[B, G, N, S]`, 0
-            for what is not written.
+        phi_k: `[B, G, N, S, F]` fp32, finite.
+        v: `[B, G, N, S, D]` fp32, finite.
+        weight: `[B, G, N, S]`, 0 for what is not written.
         clamp: the largest magnitude an entry of a block's mean update may have; beyond it M and z are scaled
             down together, so that what is read keeps its direction.
 
@@ -91,8 +93,7 @@ def write_linear(
 def write_delta_bounded(
     phi_k: Tensor, v: Tensor, weight: Tensor, initial: Memory, clamp: float
 ) -> tuple[Memory, Tensor]:
-    """Prefix states of the bounded delta update: a pair that is already held is read back as v, however often
-    it is repeated.
+    """Prefix states of the bounded delta update: a repeated pair is read back as v, however often it comes.
 
     With z and M as sums and phi the weighted features of the block:
     gamma_t = clip(1 - phi_t.z / |phi_t|^2, 0, 1); z' = z + sum gamma_t phi_t; r_t = phi_t M / (phi_t.z');
@@ -135,7 +136,8 @@ def read(phi_q: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
     """Numerator and denominator of a read.
 
     Args:
-        phi_q: `[B, G, N, Q, F]` fp32, Q queries of one block. memory: M `[B, G, N, F, D]`.
+        phi_q: `[B, G, N, Q, F]` fp32, Q queries of one block.
+        memory: M `[B, G, N, F, D]`.
 
     Returns:
         phi(q) M `[B, G, N, Q, D]` and phi(q).z `[B, G, N, Q, 1]`.

@@ -1,7 +1,4 @@
-"""The linear memory token by token, in the paper's sums: what `chunk.py` must equal (Munkhdalai et al.
-
-2024, eq. 4-5).
-"""
+"""The linear memory token by token, in the sums of Munkhdalai et al. (2024): what `chunk.py` must equal."""
 
 import torch
 from torch import Tensor
@@ -13,9 +10,10 @@ def linear_memory(
     """Reads of a memory that holds the blocks at least `lookback + 1` before a query's own.
 
     Args:
-        phi_q: `[B, T, H, F]`; phi_k: `[B, T, G, F]`; v: `[B, T, G, D]`; weight: `[B, T, G]`, 0 where nothing
-            is written.
-        block: S. lookback: blocks before the query's own that stay outside the memory.
+        phi_q: `[B, T, H, F]`; phi_k: `[B, T, G, F]`; v: `[B, T, G, D]`.
+        weight: `[B, T, G]`, 0 where nothing is written.
+        block: S.
+        lookback: blocks before the query's own that stay outside the memory.
 
     Returns:
         reads `[B, T, H, D]` (0 where the memory is empty) and the sums M `[B, G, F, D]`, z `[B, G, F]` after
@@ -40,11 +38,11 @@ def linear_memory(
 
 
 def delta_bounded(phi_k: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, float]:
-    """The bounded delta update of one sequence and head, in sums, one token after the other.
+    """The bounded delta update of one sequence and head, in sums, block by block and token by token.
 
     Args:
-        phi_k: `[N, S, F]`, N blocks of S tokens; v: `[N, S, D]`; weight: `[N, S]`, 0 where nothing is
-            written.
+        phi_k: `[N, S, F]`, N blocks of S tokens; v: `[N, S, D]`.
+        weight: `[N, S]`, 0 where nothing is written.
 
     Returns:
         M `[F, D]`, z `[F]` and n, the sum of gamma.

@@ -12,15 +12,14 @@ from torch import Tensor
 
 @dataclass
 class Selection:
-    """Which pairs are held before each block. Pool indices: i < K a pair held before, K + j * S + s token s
-    of block j.
+    """Which pairs are held before each block, as indices into a pool.
+
+    Pool index i < K is a pair held before the call, K + j * S + s is token s of block j.
 
     Attributes:
-        index: `[B, G, N + 1, K]` int64, in the order of positions; entry i holds after i blocks have been
-            offered.
+        index: `[B, G, N + 1, K]` int64, in the order of the pool; entry i holds after i blocks were offered.
         alive: `[B, G, N + 1, K]` bool, False where a place is empty.
-        dropped: `[B, G, N, S]` int64, the pool indices that lost at block j (with S of them, empty places
-            included).
+        dropped: `[B, G, N, S]` int64, the S pool indices that lost at each block, empty places included.
         dropped_alive: `[B, G, N, S]` bool, False where the loser was no candidate at all.
     """
 
@@ -67,8 +66,7 @@ def select_pairs(scores: Tensor, initial: Tensor) -> Selection:
 def gather_pool(pool: Tensor, index: Tensor) -> Tensor:
     """Rows of a pool: `pool [B, G, P, D]`, `index [B, G, ...]` -> `[B, G, ..., D]`.
 
-    An embedding look-up, because its backward is a dense accumulation and several times faster on CPUs than
-    that of `gather`.
+    An embedding look-up: its backward is a dense accumulation, several times faster on CPUs than `gather`'s.
     """
     batch, groups, size, width = pool.shape
     offset = (

@@ -1,3 +1,1 @@
-"""One file an attention variant. A new file here is found by its `VARIANTS.register` line; nothing else
-needs an edit.
-"""
+"""One file a variant: a new one is found by its `VARIANTS.register` line, and nothing else needs an edit."""

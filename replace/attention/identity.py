@@ -1,7 +1,4 @@
-"""The teacher's own attention behind the capture: loss 0, gradients 0.
-
-It proves that the capture changes nothing.
-"""
+"""The teacher's own attention behind the capture, to prove that the capture changes nothing."""
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +9,7 @@ from replace.mixer import VARIANTS
 
 @VARIANTS.register("identity")
 class Identity(nn.Module):
-    """Plain causal softmax attention with an ordinary growing cache; takes q and k as the family rotated
-    them.
-    """
+    """Plain causal softmax attention with an ordinary cache, on q and k as the family rotated them."""
 
     wants_rotated = True
 
@@ -25,8 +20,14 @@ class Identity(nn.Module):
         self.calls = 0
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, call) -> Tensor:
-        """query `[B, H, T, D]`, key and value `[B, G, P, D]`, mask bool or additive `[B, 1, T, P]` or None
-        (causal).
+        """Attend.
+
+        Args:
+            query: `[B, H, T, D]`; key, value: `[B, G, P, D]`.
+            mask: bool or additive `[B, 1, T, P]`, or None (causal).
+
+        Returns:
+            `[B, H, T, D]` in the dtype of `value`.
         """
         self.calls += 1
         repeat = self.heads.repeat

@@ -1,6 +1,4 @@
-"""Infini-attention (Munkhdalai et al. 2024): a gate per head, or per token and head, between exact part and
-memory.
-"""
+"""Infini-attention (Munkhdalai et al. 2024): a gate per head (and token) between exact part and memory."""
 
 import torch
 from torch import Tensor, nn

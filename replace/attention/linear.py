@@ -2,9 +2,8 @@
 
 out = (sum_E e^{s_i - m} v_i + n a e^{-m} phi(q) M) / (sum_E e^{s_i - m} + n a e^{-m} phi(q).z), m the largest
 exponent, E the sinks, the window and the retained pairs; every token is in E or in the memory, never in both.
-a is a learned amplitude per head, 1 at the
-start: features are of the size of a probability, softmax weights are not, and the mix must be able to find
-    their ratio.
+a is a learned amplitude per head, 1 at the start: features are of the size of a probability, softmax weights
+are not, and the mix must be able to find their ratio.
 """
 
 import torch
@@ -19,9 +18,7 @@ from replace.rotary import RotarySpec
 
 @VARIANTS.register("linear")
 class Linear(MemoryMixer):
-    """The linear hybrid. It is exact softmax while nothing is older than the exact part; untrained, close to
-    the window alone.
-    """
+    """The linear hybrid: exact softmax while nothing is older; untrained, close to the window alone."""
 
     needs_mass = True
     holds_retained = False

@@ -1,13 +1,11 @@
-"""Window, sinks and retained pairs, no memory: the control without pairs, and the pairs-only variant with
-them.
-"""
+"""Window, sinks and retained pairs, no memory: the control without pairs, the pairs-only variant with."""
 
 from replace.mixer import VARIANTS, BlockMixer
 
 
 @VARIANTS.register("sliding_window")
 class SlidingWindow(BlockMixer):
-    """softmax over the exact part.
+    """Softmax over the exact part.
 
     An untrained swap is near the teacher on text and has no recall beyond what is retained.
     """
