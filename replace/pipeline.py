@@ -141,7 +141,7 @@ def phase(metrics: dict, run_dir: Path, name: str, log: Logger) -> Iterator[dict
     books = result.get("perplexity", {})
     log.log(
         {f"{name}/perplexity/{book}": figures["ppl"] for book, figures in books.items()},
-        step=len(metrics["phases"]),
+        step=result.get("training", {}).get("tokens", 0),
     )
     for book, figures in books.items():
         logger.info("%s: perplexity %.2f on %s", name, figures["ppl"], book)
