@@ -16,7 +16,7 @@ from distill.stages import NAMES, Stage, StepResult, replaced_layers
 from replace.config import Config
 from replace.errors import UserError
 from replace.logger import Logger
-from replace.precision import autocast, dtype_of
+from replace.precision import autocast, cast_once, dtype_of
 
 logger = logging.getLogger(__name__)
 
@@ -51,11 +51,22 @@ def train(
     Raises:
         UserError: `stage.max_skipped` steps in a row had a non-finite loss or gradient.
     """
-    options, folder = config.stage, run_dir / "checkpoints" / f"stage{stage.number}"
+    folder = run_dir / "checkpoints" / f"stage{stage.number}"
     finished = load_stage(folder, model)
     if finished is not None:
         logger.info("stage %d is finished already and is taken from its checkpoint", stage.number)
         return finished["training"]
+    with cast_once(model, config.precision):
+        training = _steps(model, stage, mixture, config, run_dir, log)
+    save_stage(folder, stage.names, model, {"training": training})
+    return training
+
+
+def _steps(
+    model: nn.Module, stage: Stage, mixture: Mixture, config: Config, run_dir: Path, log: Logger
+) -> dict:
+    """The steps that are left of a stage; returns its counters."""
+    options, folder = config.stage, run_dir / "checkpoints" / f"stage{stage.number}"
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(stage.groups, betas=(0.9, 0.99))
     base = [group["lr"] for group in optimizer.param_groups]
@@ -126,9 +137,7 @@ def train(
         if (step + 1) % options.checkpoint_every == 0 and step + 1 < steps:
             progress = Progress(step + 1, counters | {"scale": scaler.get_scale()})
             save_step(folder, stage.names, model, optimizer, progress)
-    training = dict(counters)
-    save_stage(folder, stage.names, model, {"training": training})
-    return training
+    return dict(counters)
 
 
 def _log_step(

@@ -21,7 +21,7 @@ from eval.verdict import recovery, verdict
 from replace.config import Config
 from replace.corpora import PERPLEXITY_BOOKS, Document, load_documents
 from replace.episodes import Episode, HaystackSource, haystack, make_episode
-from replace.precision import autocast
+from replace.precision import autocast, cast_once
 
 logger = logging.getLogger(__name__)
 
@@ -112,11 +112,12 @@ def measure(
     if phase not in PHASES:
         raise ValueError(f"{phase!r} is none of {', '.join(PHASES)}")
     training = model.training
-    model.eval()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval().requires_grad_(False)
     seconds: dict[str, float] = {}
     result: dict = {}
     try:
-        with autocast(config.precision, model.device):
+        with autocast(config.precision, model.device), cast_once(model, config.precision):
             if plan is None:
                 plan = plan_for(config.budget.eval, parts_of(model), phase=phase, final=final)
                 plan = only(plan, config.eval.name)
@@ -124,7 +125,7 @@ def measure(
                 with _timed(seconds, phase, "perplexity"):
                     result["perplexity"] = _perplexities(model, tokenizer, config, using)
             if plan.probes:
-                with _timed(seconds, phase, "probes"), _plain(model):
+                with _timed(seconds, phase, "probes"):
                     result["probes"] = probe(model, tokenizer)
             if phase == "teacher":
                 using.reference = capture(model, probe_rows(tokenizer, using))
@@ -145,11 +146,14 @@ def measure(
                     result["generation"] = generated(model, tokenizer, drawn)
             if plan.state_lengths or plan.decode_lengths:
                 with _timed(seconds, phase, "speed"):
-                    result["speed"] = {"state": kept_bytes(model, list(plan.state_lengths))}
-                    with _plain(model):
-                        result["speed"]["decode"] = decode_speed(model, list(plan.decode_lengths))
+                    result["speed"] = {
+                        "state": kept_bytes(model, list(plan.state_lengths)),
+                        "decode": decode_speed(model, list(plan.decode_lengths)),
+                    }
     finally:
         model.train(training)
+        for parameter in trained:
+            parameter.requires_grad_(True)
     result["seconds"] = seconds
     return result
 
@@ -216,11 +220,6 @@ def probe_rows(tokenizer, using: Yardstick) -> torch.Tensor:
     """The beginning of the first held-out text, [1, T]."""
     ids, _ = tokenise(tokenizer, next(iter(using.books.values())), PROBE_TOKENS)
     return torch.tensor([ids])
-
-
-def _plain(model) -> torch.autocast:
-    """No autocast: it would convert every weight anew for each single token that is decoded."""
-    return torch.autocast(model.device.type, enabled=False)
 
 
 def _batch(model, length: int) -> int:
