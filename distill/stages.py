@@ -102,6 +102,8 @@ def local_groups(model: nn.Module, rates: dict[str, float], decay: float) -> tup
 def transfer_stage(model: PreTrainedModel, config: Config) -> Stage:
     """Stage 1."""
     stage = config.stage
+    if stage.transfer_loss == "cosine":
+        logger.warning("stage.transfer_loss=cosine looks at directions only: the outputs' magnitude is lost")
     rates = {
         "projection": stage.lr_projection1,
         "map": stage.lr_map1,

@@ -15,6 +15,7 @@ from distill.data import Mixture
 from distill.stages import NAMES, Stage, StepResult, replaced_layers
 from replace.config import Config
 from replace.errors import UserError
+from replace.files import atomic_write
 from replace.logger import Logger
 from replace.precision import autocast, cast_once, dtype_of
 
@@ -73,6 +74,7 @@ def _steps(
     # Half precision's range is too small for gradients as they are; bf16 and fp32 need no scaling.
     half = dtype_of(config.precision, device) == torch.float16
     steps, progress = mixture.steps, load_step(folder, stage.names, model, optimizer) or Progress(0, {})
+    _forget_steps(run_dir, stage.number, progress.step)
     counters = {"skipped_steps": 0, "clamped": 0, "nonfinite": 0, "tokens": 0} | progress.counters
     scaler = torch.amp.GradScaler(device.type, init_scale=counters.pop("scale", 2.0**16), enabled=half)
     scaler.scale(torch.zeros((), device=device))  # sets it up: the stages multiply by its scale themselves
@@ -138,6 +140,22 @@ def _steps(
             progress = Progress(step + 1, counters | {"scale": scaler.get_scale()})
             save_step(folder, stage.names, model, optimizer, progress)
     return dict(counters)
+
+
+def _forget_steps(run_dir: Path, stage: int, step: int) -> None:
+    """Drop what an interrupted try logged after the checkpoint from which the stage goes on."""
+    path = run_dir / "train.jsonl"
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:  # the line in which the run was killed
+            continue
+        if (entry["stage"], entry["step"]) < (stage, step):
+            kept.append(line)
+    atomic_write(path, "".join(f"{line}\n" for line in kept))
 
 
 def _log_step(

@@ -113,6 +113,9 @@ AttentionInterface.register(IMPLEMENTATION, replaced_attention)
 def real_tokens(mask: Tensor | None, tokens: int, seen: int = 0) -> Tensor | None:
     """`[B, T]` bool, False for pads, off the diagonal of a 4D mask: all tokens but pads see themselves.
 
+    Nothing else of a mask is read: documents packed into a row are told apart by `position_ids` that begin
+    anew, not by a block-diagonal mask of the caller's own.
+
     Args:
         mask: None (nothing is padded), bool `[B, 1, T, P]`, or additive float of that shape. The last T keys
             are the new tokens, unless a static cache left room behind them.

@@ -63,6 +63,7 @@ def config(monkeypatch):
 
 
 def test_an_interrupted_stage_goes_on_to_the_very_same_weights(tmp_path, config):
+    config.stage.checkpoint_every = 4  # so that step 5 is logged, lost, and done again
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
     torch.manual_seed(0)
@@ -77,6 +78,7 @@ def test_an_interrupted_stage_goes_on_to_the_very_same_weights(tmp_path, config)
     assert torch.equal(whole.weight, second.weight)
     steps = [json.loads(line)["step"] for line in (tmp_path / "cut" / "train.jsonl").read_text().splitlines()]
     assert steps[-1] == 9
+    assert steps == sorted(set(steps)), "a step that was done twice is logged once"
 
 
 def test_a_finished_stage_is_taken_from_its_checkpoint(tmp_path, config):
