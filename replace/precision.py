@@ -38,7 +38,7 @@ def cast_once(model: nn.Module, precision: str) -> Iterator[None]:
     """
     device = next(model.parameters()).device
     dtype = dtype_of(precision, device)
-    held: list[tuple[nn.Module, nn.Parameter]] = []
+    held: list[tuple[nn.Linear, torch.Tensor]] = []  # their parameters
     try:
         if dtype != torch.float32:
             for module in model.modules():
@@ -48,4 +48,4 @@ def cast_once(model: nn.Module, precision: str) -> Iterator[None]:
         yield
     finally:
         for module, weight in held:
-            module.weight = weight  # type: ignore[assignment]  # torch types attributes as Tensor | Module
+            module.weight = weight
