@@ -1,6 +1,7 @@
 """The cache of a replaced layer: a fixed number of bytes, whatever the length of the text."""
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from typing import cast
 
 import torch
@@ -23,6 +24,7 @@ class State:
             later moves into the memory.
         memory_M, memory_z, memory_n: `[B, G, F, D]` and `[B, G, F]` fp32, `[B, G]`; see
             `kernels.linear_memory.chunk`.
+        own: whatever else a variant keeps, by name; the first dimension is B.
     """
 
     length: Tensor
@@ -40,15 +42,19 @@ class State:
     memory_M: Tensor | None = None
     memory_z: Tensor | None = None
     memory_n: Tensor | None = None
+    own: dict[str, Tensor] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that are there, by name."""
-        found = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: value for name, value in found.items() if value is not None}
+        """The tensors that are there, by name; a variant's own as `own.<name>`."""
+        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "own"}
+        named = {name: value for name, value in found.items() if value is not None}
+        return named | {f"own.{name}": value for name, value in self.own.items()}
 
-    def map(self, change) -> "State":
+    def map(self, change: Callable[[Tensor], Tensor]) -> "State":
         """A state with `change` applied to every tensor."""
-        return State(**{name: change(value) for name, value in self.tensors().items()})
+        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "own"}
+        named = {name: change(value) for name, value in found.items() if value is not None}
+        return State(**named, own={name: change(value) for name, value in self.own.items()})
 
 
 class ReplacedCacheLayer(CacheLayerMixin):
