@@ -16,8 +16,9 @@ class State:
     Attributes:
         length: `[B]` int64, real tokens so far.
         keys, values: `[B, G, (L + 1) S, D]`, position-free keys and values of the local part, in slots.
-        score: `[B, G, (L + 1) S]` fp32, what decides about retention when a block leaves; None without pairs.
-        weight: `[B, G, (L + 1) S]` fp32, the write gate of each local token; None without a memory.
+        score: `[B, G, (L + 1) S]` fp32, what decides about retention when a block leaves; None where it need
+            not be known before that.
+        weight: `[B, G, (L + 1) S]` fp32, the write gate of each local token; None without one.
         sink_keys, sink_values: `[B, G, n, D]`.
         pair_keys, pair_values: `[B, G, K, D]`; pair_score `[B, G, K]` fp32, -inf in empty places;
             pair_position `[B, G, K]` int64; pair_weight `[B, G, K]` fp32, the write gates, for a pair that
@@ -68,10 +69,25 @@ class ReplacedCacheLayer(CacheLayerMixin):
     is_croppable = False
 
     def __init__(self, room: int = 0) -> None:
-        """room: the length of a static cache, 0 for one that grows."""
+        """room: the length of a static cache, 0 for one that grows.
+
+        Beside a static cache the state's tensors stay where they are, so that a compiled step (and a CUDA
+        graph) finds them again, and the count is a tensor, because a compiler takes a changing Python number
+        for a reason to compile anew.
+        """
         super().__init__()
-        self.seen, self.room = 0, room
+        self.room = room
+        self.is_compileable = room > 0
+        self.seen: int | Tensor = torch.tensor(0) if room else 0
         self.state: State | None = None
+        self.until_full: int | None = None
+
+    def steps_to_go(self, block: int) -> int:
+        """How many tokens fit into the blocks of all rows before the first block is full, at most `block`."""
+        if self.until_full is None:
+            assert self.state is not None
+            self.until_full = block - int((self.state.length % block).max())
+        return self.until_full
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: the mixer makes the state in its first forward."""
@@ -82,17 +98,34 @@ class ReplacedCacheLayer(CacheLayerMixin):
 
     def store(self, state: State, tokens: int) -> None:
         """Take the state after `tokens` more tokens."""
-        self.state = state
-        self.seen += tokens
+        if isinstance(self.seen, Tensor):
+            self._store_in_place(state, tokens)
+        else:
+            self.state = state
+            self.seen += tokens
         self.is_initialized = True
+
+    def _store_in_place(self, state: State, tokens: int) -> None:
+        assert isinstance(self.seen, Tensor)
+        if self.state is None:
+            # Copies, because a state may hold views, and several fields the same tensor.
+            self.state = state.map(lambda x: x.detach().clone())
+            self.seen = self.seen.to(state.length.device)
+            if not torch.compiler.is_compiling():
+                for tensor in [self.seen, *self.state.tensors().values()]:
+                    torch._dynamo.mark_static_address(tensor)
+        else:
+            for held, new in zip(self.state.tensors().values(), state.tensors().values(), strict=True):
+                held.copy_(new)
+        self.seen.add_(tokens)
 
     def get_seq_length(self) -> int:
         """Tokens seen, pads included."""
-        return self.seen
+        return cast(int, self.seen)  # a tensor beside a static cache, as transformers' own layers do there
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Masks cover every token, as for an ordinary layer; one layer's answer sizes the masks of all."""
-        return max(self.room, self.seen + query_length), 0
+        return self.room or self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
         """No maximum."""
@@ -106,7 +139,8 @@ class ReplacedCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.seen, self.state, self.is_initialized = 0, None, False
+        self.seen = torch.tensor(0) if self.room else 0
+        self.state, self.until_full, self.is_initialized = None, None, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search: take rows."""
@@ -116,6 +150,7 @@ class ReplacedCacheLayer(CacheLayerMixin):
         """Take rows."""
         if self.state is not None:
             self.state = self.state.map(lambda x: x[indices.to(x.device)])
+            self.until_full = None
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row."""

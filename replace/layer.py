@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.configuration_utils import PreTrainedConfig
 
+from replace.blocks import Call, Heads
 from replace.cache import cache_slot
 from replace.errors import UserError
 from replace.layout import documents_of
-from replace.mixer import Call, Heads
 from replace.rotary import family_rotation, unrotate
 
 IMPLEMENTATION = f"layer_replace_{zlib.crc32(__name__.encode()):08x}"
@@ -110,7 +110,7 @@ def replaced_attention(
 AttentionInterface.register(IMPLEMENTATION, replaced_attention)
 
 
-def real_tokens(mask: Tensor | None, tokens: int, seen: int = 0) -> Tensor | None:
+def real_tokens(mask: Tensor | None, tokens: int, seen: int | Tensor = 0) -> Tensor | None:
     """`[B, T]` bool, False for pads, off the diagonal of a 4D mask: all tokens but pads see themselves.
 
     Nothing else of a mask is read: documents packed into a row are told apart by `position_ids` that begin
@@ -119,7 +119,7 @@ def real_tokens(mask: Tensor | None, tokens: int, seen: int = 0) -> Tensor | Non
     Args:
         mask: None (nothing is padded), bool `[B, 1, T, P]`, or additive float of that shape. The last T keys
             are the new tokens, unless a static cache left room behind them.
-        seen: tokens before this call, pads included.
+        seen: tokens before this call, pads included; a 0-dimensional tensor beside a static cache.
 
     Raises:
         UserError: a mask of another form.
@@ -130,8 +130,13 @@ def real_tokens(mask: Tensor | None, tokens: int, seen: int = 0) -> Tensor | Non
         raise UserError(
             f"an attention mask of {mask.ndim} dimensions cannot be read by a replaced layer; 4 are needed."
         )
-    start = min(seen, mask.shape[-1] - tokens)
-    own = mask[:, 0, :, start : start + tokens].diagonal(dim1=-2, dim2=-1)
+    room = mask.shape[-1] - tokens
+    if isinstance(seen, Tensor):
+        place = (seen.clamp(max=room) + torch.arange(tokens, device=mask.device)).view(1, -1, 1)
+        own = mask[:, 0].gather(-1, place.expand(mask.shape[0], -1, -1)).squeeze(-1)
+    else:
+        start = min(seen, room)
+        own = mask[:, 0, :, start : start + tokens].diagonal(dim1=-2, dim2=-1)
     return own if own.dtype == torch.bool else own == 0
 
 

@@ -23,7 +23,7 @@ class Layout:
             beginning.
         length: `[Q]` int64, real tokens of each sequence, those before this call included.
         before: `[Q]` int64, real tokens before this call.
-        row: `[Q]` the batch row of each sequence, or None where sequences are rows.
+        row: `[Q]` the batch row of each sequence, or None where every row is one sequence.
         source: `[Q, N * S]` token index of each new slot, or None where token t is slot t.
         target: `[B, T]` flat slot index of each token in `[Q, N * S]`, or None likewise; -1 for pads.
         last: `[B]` the sequence whose state a row ends with, or None.
@@ -47,9 +47,9 @@ class Layout:
         if self.source is None:
             pad = [0, 0] * (x.ndim - 3) + [0, slots - x.shape[2]]
             return torch.nn.functional.pad(x, pad) if slots > x.shape[2] else x
-        assert self.row is not None
         index = self.source.clamp_min(0).view(-1, 1, slots, *[1] * (x.ndim - 3))
-        taken = x[self.row].gather(2, index.expand(-1, x.shape[1], -1, *x.shape[3:]))
+        taken = x if self.row is None else x[self.row]
+        taken = taken.gather(2, index.expand(-1, x.shape[1], -1, *x.shape[3:]))
         return torch.where(
             self.source.view(index.shape) >= 0, taken, torch.zeros((), dtype=x.dtype, device=x.device)
         )
@@ -77,6 +77,27 @@ def plain_layout(batch: int, tokens: int, block: int, lookback: int, device: tor
     """Rows without pads, documents or past: token t of a row is slot t."""
     full = torch.full((batch,), tokens, device=device)
     return Layout(block, lookback, -(-tokens // block), tokens, full * 0 - lookback * block, full, full * 0)
+
+
+def decode_layout(real: Tensor | None, before: Tensor, block: int, lookback: int) -> Layout:
+    """One more token for each row: shapes that never change and no look at the data, as a compiler needs it.
+
+    Args:
+        real: `[B, 1]` bool, False for pads, or None.
+        before: `[B]` real tokens of each row that the cache already holds.
+    """
+    batch, phase = before.shape[0], before % block
+    row = torch.arange(batch, device=before.device)
+    new = torch.ones_like(phase, dtype=torch.bool) if real is None else real[:, 0]
+    here = torch.arange(block, device=before.device) == phase.unsqueeze(1)
+    return Layout(
+        *(block, lookback, 1, 1),
+        start=(before // block - lookback) * block,
+        length=before + new.long(),
+        before=before,
+        source=torch.where(here & new.unsqueeze(1), 0, -1),
+        target=torch.where(new, row * block + phase, -1).unsqueeze(1),
+    )
 
 
 def general_layout(

@@ -17,11 +17,12 @@ from kernels.linear_memory.chunk import (
 )
 from kernels.numerics import wide
 from kernels.retained_pairs.chunk import gather_pool
+from replace.blocks import Blocks, Call, Heads, grouped
 from replace.cache import State
 from replace.config import AttentionConfig
 from replace.errors import bad_value
 from replace.feature_maps import FEATURE_MAPS
-from replace.mixer import BlockMixer, Blocks, Call, Heads, grouped
+from replace.mixer import BlockMixer
 from replace.registry import Registry
 from replace.rotary import RotarySpec
 from replace.scores import SCORES
@@ -109,7 +110,18 @@ class MemoryMixer(BlockMixer):
         Returns:
             phi(q) M `[Q, G, N, R S, D]`, phi(q).z `[Q, G, N, R S, 1]` and n `[Q, G, N, 1, 1]`.
         """
-        assert blocks.weight is not None
+        if blocks.step:
+            held = self._initial(blocks)
+            before = Memory(held.M.unsqueeze(2), held.z.unsqueeze(2), held.n.unsqueeze(2))
+        else:
+            before = self._write_all(blocks, call)
+        own = blocks.layout.positions()[:, None, -blocks.q.shape[2] :]
+        phi_q = grouped(self.map_q(self._scaled(blocks.q, own, call)), self.heads, blocks.layout.block)
+        numerator, denominator = read(phi_q, before)
+        return numerator, denominator, before.n.to(numerator.dtype).detach()[..., None, None]
+
+    def _write_all(self, blocks: Blocks, call: Call) -> Memory:
+        """Write what leaves, and count; the memory before each block."""
         written = self._leaving(blocks)
         _, fits, states, clamped = self._write(*written, self._initial(blocks), call)
         weight = written[2]
@@ -119,11 +131,7 @@ class MemoryMixer(BlockMixer):
         self.clamped = self.clamped + (clamped & final).sum()
         self.nonfinite = self.nonfinite + (~fits & (weight > 0) & final.unsqueeze(-1)).sum()
         blocks.written = states
-        own = blocks.layout.positions()[:, None, -blocks.q.shape[2] :]
-        phi_q = grouped(self.map_q(self._scaled(blocks.q, own, call)), self.heads, self.block)
-        before = Memory(states.M[:, :, :-1], states.z[:, :, :-1], states.n[:, :, :-1])
-        numerator, denominator = read(phi_q, before)
-        return numerator, denominator, before.n.to(numerator.dtype).detach()[..., None, None]
+        return Memory(states.M[:, :, :-1], states.z[:, :, :-1], states.n[:, :, :-1])
 
     def _write(
         self, k: Tensor, v: Tensor, weight: Tensor, positions: Tensor, initial: Memory, call: Call
@@ -210,6 +218,15 @@ class MemoryMixer(BlockMixer):
             empty = Memory(empty.M.double(), empty.z.double(), empty.n)
         return empty
 
+    def step_state(self, blocks: Blocks, key: Tensor, value: Tensor, call: Call) -> State:
+        """The base's, with the new token's write gate."""
+        state = super().step_state(blocks, key, value, call)
+        if self.write_gate is None:
+            return state
+        assert state.weight is not None
+        weight = self.write_gate(call.hidden)
+        return replace(state, weight=torch.where(blocks.valid.unsqueeze(1), weight, state.weight))
+
     def next_state(self, blocks: Blocks) -> State:
         """The base's state with the memory."""
         state = super().next_state(blocks)
@@ -219,7 +236,7 @@ class MemoryMixer(BlockMixer):
         written = blocks.written
         state = replace(
             state,
-            weight=self._local(blocks.weight, evicted),
+            weight=None if self.write_gate is None else self._local(blocks.weight, evicted),
             memory_M=self._at(written.M, evicted),
             memory_z=self._at(written.z, evicted),
             memory_n=self._at(written.n, evicted).to(count_dtype(blocks.v.device)),

@@ -10,116 +10,26 @@ origin moves so that no distance exceeds `distance_cap`; while everything lies i
 are the true ones.
 """
 
-from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from kernels.exact_attention.chunk import exact_attention, exact_attention_with_mass, exact_weights
-from kernels.linear_memory.chunk import Memory
 from kernels.numerics import wide
-from kernels.retained_pairs.chunk import Selection, gather_pool, select_pairs
-from replace.cache import ReplacedCacheLayer, State
+from kernels.retained_pairs.chunk import gather_pool, select_pairs
+from replace.blocks import Blocks, Call, Heads, Part, grouped
+from replace.cache import State
 from replace.config import AttentionConfig
 from replace.errors import bad_value
-from replace.layout import Layout, general_layout, plain_layout
+from replace.layout import Layout, decode_layout, general_layout, plain_layout
+from replace.one_token import can_step, one_token
 from replace.registry import Registry
 from replace.rotary import Rotary, RotarySpec
 from replace.scores import SCORES, LearnedScore
 
 VARIANTS: Registry[type[nn.Module]] = Registry("attention.name", "replace.attention")
-
-
-@dataclass
-class Heads:
-    """The shape of an attention layer: H query heads, G key-value heads, D per head, C its input's width."""
-
-    query: int
-    key_value: int
-    dim: int
-    hidden: int
-
-    @property
-    def repeat(self) -> int:
-        """R = H / G query heads share a key-value head; head h belongs to key-value head h // R."""
-        return self.query // self.key_value
-
-
-@dataclass
-class Call:
-    """What one forward brings besides q, k and v.
-
-    Attributes:
-        hidden: `[B, T, C]`, the attention layer's input.
-        scaling: the teacher's softmax scale.
-        dropout, softcap, sliding_window: the teacher's, or 0 / None.
-        sink_logit: `[H]`, the teacher's learned sinks, or None.
-        real: `[B, T]` bool, False for pads; None where nothing is padded.
-        document: `[B, T]` int64 numbers of packed documents, or None.
-        slot: the layer's place in the cache, or None.
-    """
-
-    hidden: Tensor
-    scaling: float
-    dropout: float = 0.0
-    softcap: float | None = None
-    sliding_window: int | None = None
-    sink_logit: Tensor | None = None
-    real: Tensor | None = None
-    document: Tensor | None = None
-    slot: ReplacedCacheLayer | None = None
-
-
-@dataclass
-class Blocks:
-    """One call in block-aligned form. Q sequences, N blocks of queries, W = (L + N) S slots.
-
-    Attributes:
-        q: `[Q, H, N S, D]` position-free.
-        k, v: `[Q, G, W, D]` position-free and finite.
-        valid: `[Q, W]` bool, slots that hold a token.
-        bad: `[Q, G, W]` bool, tokens whose key or value was not finite (they are zero in k and v).
-        state: the state before the call, or None.
-        score, weight: `[Q, G, W]` fp32 or None.
-        selection: the retained pairs before each block, or None.
-        pool_k, pool_v: `[Q, G, K + N S, D]`, what its indices point into.
-        written: the memory before each block and after the last, where the variant has one.
-    """
-
-    layout: Layout
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    valid: Tensor
-    bad: Tensor
-    state: State | None
-    score: Tensor | None = None
-    weight: Tensor | None = None
-    selection: Selection | None = None
-    pool_k: Tensor | None = None
-    pool_v: Tensor | None = None
-    written: Memory | None = None
-
-    @property
-    def leaving(self) -> slice:
-        """The slots of the N blocks that leave the window during the call: local blocks 0 .. N - 1."""
-        return slice(0, self.layout.blocks * self.layout.block)
-
-
-class Part(NamedTuple):
-    """Exact keys and values of each block, their positions, and which of them each query sees.
-
-    Attributes:
-        k, v: `[Q, G, N, P, D]`.
-        position: `[Q, 1 or G, N, P]` int64.
-        seen: `[Q, 1 or G, N, 1 or S, P]` bool.
-    """
-
-    k: Tensor
-    v: Tensor
-    position: Tensor
-    seen: Tensor
 
 
 class BlockMixer(nn.Module):
@@ -181,8 +91,11 @@ class BlockMixer(nn.Module):
         Returns:
             `[B, H, T, D]` in the dtype of `value`.
         """
-        self.calls += 1
+        if not torch.compiler.is_compiling():  # a number that changes would have each step compiled anew
+            self.calls += 1
         with torch.autocast(value.device.type, enabled=False):
+            if can_step(self, query, call):
+                return one_token(self, query, key, value, call)
             blocks = self.arrange(query, key, value, call)
             if self.score is not None:
                 blocks.score = self.scores(blocks, key, value, call)
@@ -193,6 +106,7 @@ class BlockMixer(nn.Module):
             out = blocks.layout.back(self._to_slots(out)).to(value.dtype)
             if call.slot is not None:
                 call.slot.store(self._rows(blocks.layout, self.next_state(blocks)), query.shape[2])
+                call.slot.until_full = None
         return out
 
     def mix(self, blocks: Blocks, exact: Tensor, mass: Tensor | None, call: Call) -> Tensor:
@@ -210,6 +124,8 @@ class BlockMixer(nn.Module):
             real = None
         if real is None and state is None and call.document is None:
             layout = plain_layout(batch, tokens, self.block, self.lookback, query.device)
+        elif state is not None and tokens == 1:
+            layout = decode_layout(real, state.length, self.block, self.lookback)
         else:
             if real is None:
                 real = torch.ones(batch, tokens, dtype=torch.bool, device=query.device)
@@ -362,25 +278,19 @@ class BlockMixer(nn.Module):
             queries `[Q, G, N, R S, D]`, keys and values `[Q, G, N, P, D]`, and the mask `[Q, G, N, S, P]`,
             which all R heads share.
         """
-        count, size = blocks.layout.blocks, self.block
-        groups, repeat = self.heads.key_value, self.heads.repeat
+        size, groups = self.block, self.heads.key_value
         k = torch.cat([part.k for part in parts], dim=3)
         v = torch.cat([part.v for part in parts], dim=3)
         mask = torch.cat([part.seen.expand(-1, groups, -1, size, -1) for part in parts], dim=-1)
         q = self._by_block(blocks.q)  # [Q, H, N, S, D]
         if self.rotary is not None:
             window_start, span = self._window_start(blocks), (self.lookback + 1) * size
-            origin = self._origin(window_start)  # [Q, N]
+            origin = self.origin(window_start)  # [Q, N]
             own = window_start.unsqueeze(-1) + torch.arange(span - size, span, device=q.device)
             q = self.rotary(q, (own - origin.unsqueeze(-1)).clamp_min(0).unsqueeze(1))
             frame = [(part.position - origin[:, None, :, None]).clamp_min(0) for part in parts]
             k = self.rotary(k, torch.cat([f.expand(-1, groups, -1, -1) for f in frame], dim=-1))
-        q = (
-            q.unflatten(1, (groups, repeat))
-            .transpose(2, 3)
-            .reshape(-1, groups, count, repeat * size, q.shape[-1])
-        )
-        return q, k, v, mask
+        return grouped(q.flatten(2, 3), self.heads, size), k, v, mask
 
     def _sink_logit(self, call: Call) -> Tensor | None:
         """The teacher's learned sinks `[1, G, 1, R S, 1]`."""
@@ -389,7 +299,7 @@ class BlockMixer(nn.Module):
         per_head = call.sink_logit.view(1, self.heads.key_value, 1, self.heads.repeat, 1, 1)
         return per_head.expand(-1, -1, -1, -1, self.block, -1).flatten(3, 4)
 
-    def _origin(self, window_start: Tensor) -> Tensor:
+    def origin(self, window_start: Tensor) -> Tensor:
         """`[Q, N]`: where each block's frame begins, so that its last query is at most at `distance_cap`."""
         cap = self.options.distance_cap
         if cap is None:
@@ -486,12 +396,26 @@ class BlockMixer(nn.Module):
             pool_score = self._pool(blocks, self.score.final(blocks.score), past)
             state = replace(
                 state,
-                score=self._local(blocks.score, evicted),
+                # Positions need no memory, and self recall asks anew when a block leaves.
+                score=self._local(blocks.score, evicted) if self.score.needs in ("token", "window") else None,
                 pair_keys=gather_pool(blocks.pool_k, index),
                 pair_values=gather_pool(blocks.pool_v, index),
                 pair_score=torch.where(alive, pool_score.gather(2, index), -torch.inf),
                 pair_position=self._pool_positions(blocks).gather(2, index),
             )
+        return state
+
+    def step_state(self, blocks: Blocks, key: Tensor, value: Tensor, call: Call) -> State:
+        """The state after one token that completes no block; see `replace.one_token`.
+
+        A variant that keeps figures of local tokens puts the new token's in; `blocks.valid` is its slot.
+        """
+        assert blocks.state is not None
+        state = replace(blocks.state, length=blocks.layout.length, keys=blocks.k, values=blocks.v)
+        if self.score is not None and self.score.needs == "token":
+            assert state.score is not None
+            score = self.score(call.hidden, key, value)
+            state = replace(state, score=torch.where(blocks.valid.unsqueeze(1), score, state.score))
         return state
 
     def _pool(self, blocks: Blocks, x: Tensor, past: Tensor | None) -> Tensor:
@@ -524,9 +448,3 @@ class BlockMixer(nn.Module):
 def sum_dtype(x: Tensor) -> torch.dtype:
     """fp32, or fp64 for fp64."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def grouped(x: Tensor, heads: Heads, block: int) -> Tensor:
-    """Queries of R heads and one block side by side: `[Q, H, N S, F]` -> `[Q, G, N, R S, F]`."""
-    x = x.unflatten(2, (-1, block)).unflatten(1, (heads.key_value, heads.repeat))
-    return x.transpose(2, 3).flatten(3, 4)

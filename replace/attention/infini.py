@@ -5,9 +5,10 @@ from torch import Tensor, nn
 
 from kernels.linear_memory.chunk import EMPTY
 from kernels.numerics import wide
+from replace.blocks import Blocks, Call, Heads, grouped
 from replace.config import AttentionConfig
 from replace.memory import MemoryMixer
-from replace.mixer import VARIANTS, Blocks, Call, Heads, grouped
+from replace.mixer import VARIANTS
 from replace.rotary import RotarySpec
 
 
@@ -49,7 +50,7 @@ class Infini(MemoryMixer):
         """Join by the gate; see the class."""
         numerator, denominator, _ = self.remember(blocks, call)
         held = denominator > EMPTY
-        gate = grouped(blocks.layout.new(self.gate(call.hidden)), self.heads, self.block)
+        gate = grouped(blocks.layout.new(self.gate(call.hidden)), self.heads, blocks.layout.block)
         if "window" in self.off:
             gate = torch.ones_like(gate)
         gate = torch.where(held, gate, 0) if "memory" not in self.off else torch.zeros_like(gate)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from kernels.numerics import wide
+from replace.blocks import Blocks, Call, Heads
 from replace.config import AttentionConfig
 from replace.memory import MemoryMixer
-from replace.mixer import VARIANTS, Blocks, Call, Heads
+from replace.mixer import VARIANTS
 from replace.rotary import RotarySpec
 
 
@@ -35,7 +36,7 @@ class Linear(MemoryMixer):
             return wide(exact)
         tiny = torch.finfo(denominator.dtype).tiny
         amplitude = self.log_amplitude.to(mass.dtype).view(1, self.heads.key_value, 1, self.heads.repeat, 1)
-        amplitude = amplitude.expand(-1, -1, -1, -1, self.block).flatten(3, 4).unsqueeze(-1)
+        amplitude = amplitude.expand(-1, -1, -1, -1, blocks.layout.block).flatten(3, 4).unsqueeze(-1)
         log_memory = (n * denominator).clamp_min(tiny).log() + amplitude
         empty = n * denominator <= tiny
         log_memory = torch.where(empty, -torch.inf, log_memory)
