@@ -1,4 +1,4 @@
-"""Long texts and large activations: what the running mean, the guard and fp32 states are for (property 6, 11)."""
+"""Long texts and large activations: the running mean, the guard, fp32 states (properties 6 and 11)."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def tokens(length: int, seed: int) -> tuple[Tensor, ...]:
 
 @torch.no_grad()
 def test_11_a_million_tokens_stay_near_double_precision() -> None:
-    """Block by block, 2^20 tokens of features with a mean: relative RMS of M and z against fp64 below 1e-4."""
+    """2^20 tokens, block by block: the relative RMS of M and z against fp64 is below 1e-4."""
     generator = torch.Generator().manual_seed(0)
     single = Memory.empty(1, 1, 16, 8, torch.device("cpu"))
     double = Memory(single.M.double(), single.z.double(), single.n)
