@@ -1,6 +1,6 @@
 """metrics.json: every figure of a run, by phase. A stable schema that scripts, sweeps and the report read.
 
-    {"schema": 1, "model", "attention", "layers": [..], "seed", "device",
+    {"schema": 1, "model", "attention", "experiment", "layers": [..], "seed", "device",
      "wall_seconds": {"<phase>" | "eval <phase>": seconds},
      "parts": {"replaced", "memory", "pairs", "full_attention": numbers of layers},
      "replaced": [{"layer", "path", "old_class", "new_class", "variant", "parameters", "new_parameters",
@@ -36,12 +36,21 @@ PHASES = ("teacher", "swapped", "stage1", "stage2", "stage3", "lora", "model")
 FILE = "metrics.json"
 
 
-def new_metrics(*, model: str, attention: str | None, layers: list[int], seed: int, device: str) -> dict:
+def new_metrics(
+    *,
+    model: str,
+    attention: str | None,
+    layers: list[int],
+    seed: int,
+    device: str,
+    experiment: str | None = None,
+) -> dict:
     """The metrics of a run in which nothing has been measured yet."""
     return {
         "schema": SCHEMA,
         "model": model,
         "attention": attention,
+        "experiment": experiment,
         "layers": layers,
         "seed": seed,
         "device": device,

@@ -419,11 +419,8 @@ def _protocol(metrics: dict) -> list[str]:
 
 
 def _title(metrics: dict) -> str:
-    return (
-        f"{metrics['model']} with `{metrics['attention']}`"
-        if metrics.get("attention")
-        else str(metrics["model"])
-    )
+    names = dict.fromkeys(filter(None, (metrics.get("experiment"), metrics.get("attention"))))
+    return " with ".join([str(metrics["model"]), *([" / ".join(f"`{n}`" for n in names)] if names else [])])
 
 
 def _plot(name: str, why: str | None) -> str:

@@ -256,7 +256,8 @@ def _open_metrics(run_dir: Path, config: Config, loaded: Loaded, model: PreTrain
         return read_metrics(run_dir)
     return new_metrics(
         model=str(next(filter(None, map(loaded.provenance.get, ("note", "id", "path"))), config.model.kind)),
-        attention=config.experiment or config.attention.name,
+        attention=config.attention.name,
+        experiment=config.experiment,
         layers=[],
         seed=config.seed,
         device=str(model.device),
