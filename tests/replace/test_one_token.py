@@ -86,3 +86,18 @@ def test_the_short_way_is_taken_and_says_the_same(name: str, monkeypatch: pytest
     monkeypatch.setattr("replace.mixer.can_step", lambda *_: False)
     assert torch.equal(decode(model, model, DynamicCache(config=model.config), mask), got)
     assert len(taken) == 4 * (STEPS - 1 - 7)
+
+
+@pytest.mark.parametrize("name", ["infini", "linear", "sliding_window"])
+def test_a_conversation_goes_on_in_one_cache(name: str) -> None:
+    """Generate, add a user's tokens, generate again: as from the whole text; greedy and sampled."""
+    model, cache, ids = swapped(name, 0, 2), DynamicCache(), IDS
+    for turn, sample in enumerate((False, True, False)):
+        settings = {"max_new_tokens": 9, "min_new_tokens": 9, "do_sample": sample}
+        settings["attention_mask"] = torch.ones_like(ids)
+        torch.manual_seed(turn)
+        want = model.generate(ids, use_cache=False, **settings)
+        torch.manual_seed(turn)
+        ids = model.generate(ids, past_key_values=cache, use_cache=True, **settings)
+        assert torch.equal(ids, want)
+        ids = torch.cat([ids, IDS[:, : 3 + turn]], 1)
