@@ -1,9 +1,10 @@
 """Swap, restore, and the guards that make a swap trustworthy."""
 
 import copy
+import inspect
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -12,9 +13,10 @@ from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
 from replace.config import AttentionConfig
-from replace.errors import UserError
-from replace.layer import AttentionModule, ReplacedAttention, become_replaced, heads_of
-from replace.mixer import VARIANTS
+from replace.errors import UserError, bad_value
+from replace.families import NOT_CAPTURED
+from replace.layer import AttentionModule, ReplacedAttention, become_replaced, heads_of, own_window
+from replace.mixer import VARIANTS, Call, Heads
 from replace.rotary import RotarySpec, family_rotation, measure_rotary, unrotate
 
 logger = logging.getLogger(__name__)
@@ -66,11 +68,16 @@ class Replacement:
 
 @dataclass
 class Conversion:
-    """What a swapped model carries along: its spec, the report, and the frozen originals if kept."""
+    """What a swapped model carries along: its spec, the report, and the frozen originals if kept.
+
+    Attributes:
+        trainable: decoder layer index -> names of the parameters of a kept original that were not frozen.
+    """
 
     spec: SwapSpec
     replacements: list[Replacement]
     originals: dict[int, nn.Module]
+    trainable: dict[int, set[str]] = field(default_factory=dict)
 
 
 def attention_layers(model: nn.Module) -> list[tuple[str, AttentionModule]]:
@@ -129,6 +136,10 @@ def swap(
             already; it is then as it was.
     """
     layers = attention_layers(model)
+    family = model.config.get_text_config(decoder=True).model_type
+    if family in NOT_CAPTURED:
+        allowed = f"a family whose attention can be captured, none of {', '.join(NOT_CAPTURED)}"
+        raise bad_value("model.family", family, allowed)
     by_index = {module.layer_idx: (path, module) for path, module in layers}
     if not spec.layers:
         raise UserError("layers={} names no layer to replace; allowed: at least one decoder layer.")
@@ -147,11 +158,12 @@ def swap(
         module = by_index[index][1]
         mixer = VARIANTS.get(options.name)(options, heads_of(module), spec.rotary.get(index))
         made[index] = mixer.to(device=next(module.parameters()).device)
-    originals, replacements = {}, []
+    originals, trainable, replacements = {}, {}, []
     for index, mixer in made.items():
         path, module = by_index[index]
         if keep_originals:
             original = copy.deepcopy(module, {id(module.config): module.config})  # it follows the model's
+            trainable[index] = {name for name, p in original.named_parameters() if p.requires_grad}
             originals[index] = original.requires_grad_(False)
         old_class, old_parameters = type(module).__name__, sum(p.numel() for p in module.parameters())
         become_replaced(module, mixer)
@@ -162,7 +174,7 @@ def swap(
                 *(old_parameters + new, new),
             )
         )
-    conversion = Conversion(spec, replacements, originals)
+    conversion = Conversion(spec, replacements, originals, trainable)
     model.layer_replace = conversion  # type: ignore[assignment]  # not a Tensor or Module
     logger.info("replaced %d of %d attention layers", len(replacements), len(layers))
     return conversion
@@ -170,6 +182,8 @@ def swap(
 
 def restore(model: PreTrainedModel) -> None:
     """Undo `swap`: the old classes and configs come back, and the old weights where they were kept.
+
+    Kept weights come back as trainable or frozen as they were.
 
     Raises:
         UserError: the model was not swapped.
@@ -182,7 +196,9 @@ def restore(model: PreTrainedModel) -> None:
         parent, name = parent_of(model, path)
         if index in conversion.originals:
             original = _beside(module, conversion.originals[index]).train(module.training)
-            setattr(parent, name, original.requires_grad_(True))
+            for key, parameter in original.named_parameters():
+                parameter.requires_grad_(key in conversion.trainable[index])
+            setattr(parent, name, original)
         else:
             module.__class__ = type(module).__mro__[2]
             module.config = model.config.get_text_config(decoder=True)
@@ -238,15 +254,55 @@ def mixers(model: nn.Module) -> dict[int, nn.Module]:
     return {m.layer_idx: m.mixer for _, m in attention_layers(model) if isinstance(m, ReplacedAttention)}
 
 
+class _Witness(nn.Module):
+    """Stands in for a mixer during the probe and holds what the family hands to its attention function."""
+
+    wants_rotated = True
+
+    def __init__(self, heads: Heads) -> None:
+        super().__init__()
+        self.heads = heads
+        self.seen: tuple[Tensor, Tensor | None, Call] | None = None
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, call: Call) -> Tensor:
+        """Zeros; refuses keys and values of other shapes than a mixer can take (MLA)."""
+        heads, tokens = self.heads, query.shape[2]
+        shapes = [tuple(x.shape[1:]) for x in (query, key, value)]
+        stored = (heads.key_value, tokens, heads.dim)
+        if shapes != [(heads.query, tokens, heads.dim), stored, stored]:
+            raise UserError(
+                f"queries, keys and values of the shapes {shapes} cannot be replaced; allowed: "
+                f"{heads.query} query heads, {heads.key_value} key-value heads, all of one width."
+            )
+        self.seen = (query, mask, call)
+        return torch.zeros_like(query)
+
+
+@contextmanager
+def _captured(module: AttentionModule, mixer: nn.Module) -> Iterator[None]:
+    """Within the block the mixer answers for the layer."""
+    kept = type(module), module.config
+    try:
+        become_replaced(module, mixer)
+        yield
+    finally:
+        module.__class__, module.config = kept
+        if hasattr(module, "mixer"):
+            del module.mixer
+
+
 @torch.no_grad()
 def _probe(model: PreTrainedModel, modules: list[AttentionModule]) -> dict[int, RotarySpec | None]:
-    """Read each layer's rotary encoding off what its forward is given; check that un-rotating is exact."""
-    seen: dict[int, tuple[Tensor, Tensor] | None] = {}
+    """Read each layer's rotary encoding off what its forward is given; check that it can be captured.
+
+    Raises:
+        UserError: it cannot.
+    """
+    given: dict[int, tuple[tuple, dict]] = {}
     precise: dict[int, tuple[Tensor, Tensor]] = {}
 
     def look(module: AttentionModule, args: tuple, kwargs: dict) -> None:
-        tables = kwargs.get("position_embeddings")
-        seen[module.layer_idx] = None if tables is None else precise.get(id(tables[0]), tables)
+        given[module.layer_idx] = args, kwargs
 
     def compute_precisely(module: nn.Module, args: tuple, kwargs: dict, tables: object) -> None:
         # Families round their tables to the model's dtype; angles read off bf16 tables would be wrong by
@@ -263,35 +319,78 @@ def _probe(model: PreTrainedModel, modules: list[AttentionModule]) -> dict[int, 
         if "RotaryEmbedding" in type(m).__name__
     ]
     try:
-        model(input_ids=probe_ids(model), use_cache=False)
+        with at_rest(model):
+            model(input_ids=probe_ids(model), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
     specs: dict[int, RotarySpec | None] = {}
     for module in modules:
-        name = type(module).__name__
-        if module.layer_idx not in seen:
-            raise UserError(
-                f"{name} in layer {module.layer_idx} is not called by the model's forward, "
-                "so it cannot be replaced."
-            )
-        tables, function = seen[module.layer_idx], family_rotation(module)
-        if tables is None or function is None:
-            specs[module.layer_idx] = None
-            continue
-        dim = heads_of(module).dim
-        specs[module.layer_idx] = measure_rotary(function, *tables, dim)
-        cos, sin = (t[:1].float() for t in tables)
-        x = torch.randn(1, 2, cos.shape[1], dim, generator=torch.Generator().manual_seed(0)).to(cos.device)
-        width = min(cos.shape[-1], dim)
-        turned = torch.cat([function(x[..., :width], x[..., :width], cos, sin)[0], x[..., width:]], dim=-1)
-        error = float((unrotate(function, turned, turned, cos, sin)[0] - x).abs().max())
-        if not error < 1e-4:
-            raise UserError(
-                f"un-rotating the queries of {name} is off by {error:.1e}; "
-                "this rotary encoding cannot be replaced."
-            )
+        name, index = type(module).__name__, module.layer_idx
+        if index not in given:
+            raise UserError(f"{name} in layer {index} is not called by the model's forward.")
+        args, kwargs = given[index]
+        with at_rest(module):
+            query = _witnessed(module, args, kwargs)
+            tables = kwargs.get("position_embeddings")
+            specs[index] = None if tables is None else _rotary_of(module, args, kwargs, query, precise)
     return specs
+
+
+def _witnessed(module: AttentionModule, args: tuple, kwargs: dict) -> Tensor:
+    """The queries `[1, H, T, D]` that the layer hands to its attention function.
+
+    Raises:
+        UserError: it calls none, or hands over what the mixers do not know of.
+    """
+    name, witness = type(module).__name__, _Witness(heads_of(module))
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    if len(args) > 1 or all(p.kind is not p.VAR_KEYWORD for p in parameters):
+        raise UserError(f"{name}.forward takes no keyword arguments of ours, so it cannot be replaced.")
+    own_window(module)
+    with _captured(module, witness):
+        module(*args, **kwargs)
+    if witness.seen is None:
+        raise UserError(f"{name} bypasses the attention interface, so it cannot be replaced.")
+    query, mask, call = witness.seen
+    before = kwargs.get("attention_mask")
+    if (mask is None) != (before is None) or (isinstance(mask, Tensor) and not torch.equal(mask, before)):
+        raise UserError(f"{name} makes an attention mask of its own, so it cannot be replaced.")
+    implementation = module.config._attn_implementation
+    if call.softcap is not None and implementation == "sdpa":
+        allowed = "eager, since sdpa drops the soft cap of this model's attention"
+        raise bad_value("attn_implementation", implementation, allowed)
+    return query
+
+
+def _rotary_of(
+    module: AttentionModule, args: tuple, kwargs: dict, query: Tensor, precise: dict
+) -> RotarySpec | None:
+    """Measure the layer's rotary encoding; None for one that is given tables and does not use them.
+
+    Such layers (smollm3, cohere2 and others have some) are known by handing them tables of position 0 only.
+
+    Raises:
+        UserError: un-rotating does not give back the queries that such tables give.
+    """
+    name, tables, function = type(module).__name__, kwargs["position_embeddings"], family_rotation(module)
+    known = isinstance(tables, tuple) and len(tables) == 2 and all(t.ndim == 3 for t in tables)
+    if function is None or not known:
+        raise UserError(f"{name} rotates by tables of an unknown form, so it cannot be replaced.")
+    still = torch.ones_like(tables[0]), torch.zeros_like(tables[1])
+    plain = _witnessed(module, args, kwargs | {"position_embeddings": still})
+    if torch.equal(plain, query):
+        return None
+    spec = measure_rotary(function, *precise.get(id(tables[0]), tables), heads_of(module).dim)
+    back = unrotate(function, query, query, *tables, spec.width)[0]
+    error = float((back - plain).abs().max() / plain.abs().max())
+    limit = 1e-4 if query.dtype in (torch.float32, torch.float64) else 5e-2
+    if not error < limit:
+        raise UserError(
+            f"un-rotating the queries of {name} is off by {error:.1e} of their size (limit {limit:.0e}); "
+            "this rotary encoding cannot be replaced."
+        )
+    return spec
 
 
 def probe_ids(model: PreTrainedModel, length: int = 24) -> Tensor:
@@ -311,18 +410,13 @@ def _identity_guard(model: PreTrainedModel, layers: dict[int, tuple[str, Attenti
     ids = probe_ids(model)
     with at_rest(model):
         want = model(input_ids=ids, use_cache=False).logits.float()
-    kept = {index: (type(module), module.config) for index, (_, module) in layers.items()}
-    try:
+    with ExitStack() as stack:
         for _, module in layers.values():
-            become_replaced(module, VARIANTS.get("identity")(None, heads_of(module), None))
+            identity = VARIANTS.get("identity")(None, heads_of(module), None)
+            stack.enter_context(_captured(module, identity))
         with at_rest(model):
             got = model(input_ids=ids, use_cache=False).logits.float()
         silent = [i for i, (_, module) in layers.items() if module.mixer.calls != 1]
-    finally:
-        for index, (_, module) in layers.items():
-            module.__class__, module.config = kept[index]
-            if hasattr(module, "mixer"):
-                del module.mixer
     if silent:
         raise UserError(
             f"layers {silent} of {type(model).__name__} bypass the capture, so they cannot be replaced."

@@ -79,7 +79,7 @@ def replaced_attention(
         `[B, T, H, D]`, and None for the attention weights, which do not exist.
     """
     if replace_context is None:
-        raise RuntimeError(
+        raise UserError(
             f"{type(module).__name__} does not pass keyword arguments on to its attention function, "
             "so this family cannot be replaced."
         )
@@ -89,7 +89,7 @@ def replaced_attention(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         dropout=dropout,
         softcap=softcap,
-        sliding_window=sliding_window,
+        sliding_window=own_window(module) if sliding_window is None else sliding_window,
         sink_logit=s_aux,
     )
     cache = replace_context["cache"]
@@ -101,8 +101,11 @@ def replaced_attention(
     seen = call.slot.seen if call.slot is not None else 0
     call.real = real_tokens(attention_mask, query.shape[2], seen)
     call.document = documents_of(replace_context["position_ids"], call.real, (query.shape[0], query.shape[2]))
+    if seen == 0 and call.real is not None and call.document is None:
+        refuse_other_masks(attention_mask, call.real, call.sliding_window)
     if replace_context["rotary"] is not None and mixer.rotary is not None:
-        query, key = unrotate(family_rotation(module), query, key, *replace_context["rotary"])
+        tables, width = replace_context["rotary"], mixer.rotary.spec.width
+        query, key = unrotate(family_rotation(module), query, key, *tables, width)
     query, key = query.to(value.dtype), key.to(value.dtype)
     return mixer(query, key, value, call).transpose(1, 2), None
 
@@ -113,8 +116,8 @@ AttentionInterface.register(IMPLEMENTATION, replaced_attention)
 def real_tokens(mask: Tensor | None, tokens: int, seen: int | Tensor = 0) -> Tensor | None:
     """`[B, T]` bool, False for pads, off the diagonal of a 4D mask: all tokens but pads see themselves.
 
-    Nothing else of a mask is read: documents packed into a row are told apart by `position_ids` that begin
-    anew, not by a block-diagonal mask of the caller's own.
+    Documents packed into a row are told apart by `position_ids` that begin anew, not by a block-diagonal mask
+    of the caller's own, which `refuse_other_masks` finds.
 
     Args:
         mask: None (nothing is padded), bool `[B, 1, T, P]`, or additive float of that shape. The last T keys
@@ -126,6 +129,11 @@ def real_tokens(mask: Tensor | None, tokens: int, seen: int | Tensor = 0) -> Ten
     """
     if mask is None:
         return None
+    if not isinstance(mask, Tensor):
+        raise UserError(
+            f"an attention mask of type {type(mask).__name__} cannot be read by a replaced layer; allowed: "
+            "attn_implementation='sdpa' or 'eager', whose masks are tensors."
+        )
     if mask.ndim != 4:
         raise UserError(
             f"an attention mask of {mask.ndim} dimensions cannot be read by a replaced layer; 4 are needed."
@@ -137,7 +145,58 @@ def real_tokens(mask: Tensor | None, tokens: int, seen: int | Tensor = 0) -> Ten
     else:
         start = min(seen, room)
         own = mask[:, 0, :, start : start + tokens].diagonal(dim1=-2, dim2=-1)
-    return own if own.dtype == torch.bool else own == 0
+    return _visible(own)
+
+
+def _visible(mask: Tensor) -> Tensor:
+    """Bool: where a mask, bool or additive, lets a query see a key."""
+    return mask if mask.dtype == torch.bool else mask == 0
+
+
+def refuse_other_masks(mask: Tensor | None, real: Tensor, sliding_window: int | None) -> None:
+    """Refuse a mask that hides more than pads and the layer's own sliding window do.
+
+    A replaced layer would see what it hides. The last real query of each row tells: it sees all real tokens
+    of its row, unless there are several documents or a pattern of its own. So the cost is one row of the
+    mask, in the first call of a text only.
+
+    Args:
+        mask: `[B, 1, T, P]`, bool or additive.
+        real: `[B, T]` bool, False for pads.
+
+    Raises:
+        UserError: it does.
+    """
+    if mask is None:
+        return
+    place = torch.arange(real.shape[1], device=real.device)
+    last = torch.where(real, place, -1).amax(1, keepdim=True)  # -1 in rows of pads only
+    own = last.clamp_min(0).view(-1, 1, 1).expand(-1, 1, real.shape[1])
+    seen = _visible(mask[:, 0, :, : real.shape[1]].expand(real.shape[0], -1, -1).gather(1, own).squeeze(1))
+    expected = real if sliding_window is None else real & (last - place < sliding_window)
+    if bool((expected & ~seen).any()):
+        raise UserError(
+            "an attention mask that hides earlier tokens from a query cannot be followed by a replaced layer; "
+            "allowed: masks for padding, and packed documents whose position_ids begin anew at 0."
+        )
+
+
+def own_window(attention: AttentionModule) -> int | None:
+    """The sliding window in tokens of a layer whose family puts it into its masks only (qwen2_moe), or None.
+
+    Raises:
+        UserError: the layer's keys are chosen by another pattern, such as chunks (llama4).
+    """
+    kinds = getattr(attention.config, "layer_types", None) or ()
+    kind = kinds[attention.layer_idx] if attention.layer_idx < len(kinds) else "full_attention"
+    if kind == "sliding_attention":
+        return attention.config.sliding_window
+    if kind in ("full_attention", "attention"):
+        return None
+    raise UserError(
+        f"layer {attention.layer_idx} of {type(attention).__name__} attends by layer_types={kind!r}; "
+        "allowed: full_attention, sliding_attention."
+    )
 
 
 def heads_of(attention: AttentionModule) -> Heads:

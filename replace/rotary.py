@@ -6,6 +6,7 @@ they scale their tables, so none of it is assumed: the family's function is appl
 position 1, and the matrix that comes out says everything.
 """
 
+import inspect
 import sys
 from dataclasses import dataclass
 
@@ -30,6 +31,11 @@ class RotarySpec:
     pairing: str
     scaling: float = 1.0
 
+    @property
+    def width(self) -> int:
+        """R: how many leading dimensions of a head are rotated."""
+        return 2 * len(self.angles)
+
 
 def family_rotation(attention: nn.Module):
     """The `apply_rotary_pos_emb` of the module that defines this attention class, or None."""
@@ -40,7 +46,7 @@ def family_rotation(attention: nn.Module):
     return None
 
 
-def unrotate(function, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def unrotate(function, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Take the position out of q and k with the family's own function and tables.
 
     The inverse of a plane rotation scaled by r is that by the negative angle divided by r^2, and cos^2 +
@@ -48,9 +54,10 @@ def unrotate(function, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[
     goes into the small tables.
 
     Args:
-        q: `[B, H, T, D]`; k: `[B, G, T, D]`; cos, sin: `[B, T, R]`.
+        q: `[B, H, T, D]`; k: `[B, G, T, D]`; cos, sin: `[B, T, R]`, or half as wide in some families.
+        width: how many leading dimensions a call rotates, `RotarySpec.width`.
     """
-    cos, sin, width = wide(cos), wide(sin), _rotated_width(cos, q.shape[-1])
+    cos, sin = wide(cos), wide(sin)
     square = cos.square() + sin.square()
     q, k = wide(q), wide(k)
     if width == q.shape[-1]:
@@ -59,9 +66,32 @@ def unrotate(function, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[
     return torch.cat([turned_q, q[..., width:]], dim=-1), torch.cat([turned_k, k[..., width:]], dim=-1)
 
 
-def _rotated_width(cos: Tensor, width: int) -> int:
-    """How many leading dimensions a call rotates: as many as the table is wide, at most the head's."""
-    return min(cos.shape[-1], width)
+def rotated_width(function, table: int, head_dim: int) -> int:
+    """How many leading dimensions a call of the family's function rotates.
+
+    As many as the table is wide (a part of the head in some families), or the whole head where the table
+    holds each angle once and is half as wide (gpt_oss): the first of the two that the function accepts.
+
+    Args:
+        table: R, the last dimension of the tables.
+
+    Raises:
+        UserError: it accepts neither.
+    """
+    parameters = list(inspect.signature(function).parameters)
+    known = parameters[2:4] == ["cos", "sin"]
+    for width in dict.fromkeys((min(table, head_dim), head_dim)) if known else ():
+        x, zero = torch.zeros(1, 1, 1, width), torch.zeros(1, 1, table)
+        try:
+            turned = function(x, x, zero, zero)[0]
+        except RuntimeError:  # shapes that do not go together
+            continue
+        if turned.shape == x.shape:
+            return width
+    raise UserError(
+        f"the model's rotary function {function.__name__}({', '.join(parameters)}) does not rotate heads of "
+        f"{head_dim} by tables of {table}, so it cannot be replaced."
+    )
 
 
 def measure_rotary(function, cos: Tensor, sin: Tensor, head_dim: int) -> RotarySpec:
@@ -72,14 +102,14 @@ def measure_rotary(function, cos: Tensor, sin: Tensor, head_dim: int) -> RotaryS
         cos, sin: the family's tables `[1, T, R]` with T >= 2 for the positions 0, 1, ...
 
     Raises:
-        UserError: the rotation is not a set of plane rotations in one of the two known pairings.
+        UserError: the function takes other arguments, or the rotation is not a set of plane rotations in one
+            of the two known pairings.
     """
-    width = _rotated_width(cos, head_dim)
+    width = rotated_width(function, cos.shape[-1], head_dim)
     unit = torch.eye(width, dtype=torch.float32, device=cos.device).view(width, 1, 1, width)
     table = [t[:1, 1:2].float().expand(width, 1, -1) for t in (cos, sin)]
-    matrix = (
-        function(unit, unit, *table)[0].view(width, width).double().cpu()
-    )  # row i: where dimension i goes
+    # Row i: where dimension i goes.
+    matrix = function(unit, unit, *table)[0].view(width, width).double().cpu()
     half = torch.arange(width // 2)
     for pairing, first, second in (
         ("half", half, half + width // 2),
@@ -120,7 +150,7 @@ class Rotary(nn.Module):
         """
         x = wide(x)
         cos, sin = self.tables(positions, x.dtype) if absolute else self._look_up(positions, x.dtype)
-        width = 2 * len(self.spec.angles)
+        width = self.spec.width
         turn, rest = x[..., :width], x[..., width:]
         if self.spec.pairing == "half":
             a, b = turn.chunk(2, dim=-1)

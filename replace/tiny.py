@@ -66,18 +66,30 @@ def tiny_config(family: str) -> PretrainedConfig:
         "eos_token_id": 2,
         **_FAMILY_SIZES.get(family, {}),
     }
+    sizes = {name: size for name, size in sizes.items() if size is not None}
     try:
         return AutoConfig.for_model(family, **sizes)
     except ValueError as error:
         raise bad_value("model.family", family, "a model type of transformers, such as llama") from error
 
 
-# What the general names do not reach: sizes that would otherwise stay those of the full model.
+# What the general names do not reach: sizes that would otherwise stay those of the full model; None where a
+# family does not take a general name.
 _MIXTURE: dict[str, object] = {
     "num_experts": 4,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 64,
     "num_local_experts": 4,
+}
+_LATENT: dict[str, object] = {
+    "head_dim": 8,
+    "num_key_value_heads": 4,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 12,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "moe_intermediate_size": 64,
 }
 _FAMILY_SIZES: dict[str, dict[str, object]] = {
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
@@ -88,16 +100,23 @@ _FAMILY_SIZES: dict[str, dict[str, object]] = {
     "solar_open": {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "falcon": {"head_dim": None},
+    "gptj": {"rotary_dim": 8},
+    "deepseek_v3": {**_LATENT, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2},
+    "youtu": _LATENT,
 }
 
 
 def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
     """A random model of `tiny_config(family)`, in evaluation mode; the global random state is left alone."""
     config = tiny_config(family)
+    # As real models are loaded: sdpa silently drops a soft cap.
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    options = {"attn_implementation": "eager"} if capped else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, **options)
         except ValueError as error:
             raise bad_value("model.family", family, "a causal language model type of transformers") from error
     return model.to(dtype).eval()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from replace.compose import choices, differences, load_config
 from replace.config import AttentionConfig, Config, DataConfig, EvalBudget, LayersConfig, ModelConfig
 from replace.errors import UserError, bad_value
+from replace.families import NOT_CAPTURED
 
 if TYPE_CHECKING:
     from replace.loading import ModelFacts
@@ -19,8 +20,6 @@ WRITE_GATES = ("none", "token")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 LOSSES = ("mse", "huber", "cosine")
 OBJECTIVES = ("kl", "ce", "mix")
-# Not through transformers' attention interface, or with tables or masks of their own (design 01).
-NOT_CAPTURED = ("bloom", "deepseek_v3", "doge", "falcon", "gptj", "minimax", "youtu")
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 EPISODE = 128
 """Tokens of a recall episode beside window and block: the facts, the question, the answer, some text."""

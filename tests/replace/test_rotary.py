@@ -19,6 +19,7 @@ FAMILIES = {
     "gpt_neox": {"rotary_pct": 0.25},
     "glm": {"partial_rotary_factor": 0.5, "head_dim": DIM},  # interleaved
     "cohere": {},  # interleaved
+    "gpt_oss": {"head_dim": DIM, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},  # half-width
 }
 
 
@@ -40,7 +41,7 @@ def family(name: str):
 
 def applied(function, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """The family's rotation of `x`, on as many leading dimensions as its tables are wide."""
-    width = min(cos.shape[-1], x.shape[-1])
+    width = DIM if function.__module__.endswith("gpt_oss") else min(cos.shape[-1], x.shape[-1])
     return torch.cat([function(x[..., :width], x[..., :width], cos, sin)[0], x[..., width:]], -1)
 
 
@@ -49,10 +50,10 @@ def test_rotates_as_the_family_does_and_back(name: str) -> None:
     function, tables = family(name)
     positions = torch.arange(200)[None]
     cos, sin = tables(positions)
+    spec = measure_rotary(function, *tables(torch.arange(4)[None]), DIM)
     x = torch.randn(1, 2, 200, DIM, generator=torch.Generator().manual_seed(0))
     turned = applied(function, x, cos, sin)
-    torch.testing.assert_close(unrotate(function, turned, turned, cos, sin)[0], x, atol=1e-5, rtol=1e-5)
-    spec = measure_rotary(function, *tables(torch.arange(4)[None]), DIM)
+    torch.testing.assert_close(unrotate(function, turned, turned, cos, sin, spec.width)[0], x, atol=1e-5, rtol=1e-5)
     assert spec.pairing == ("interleaved" if name in ("glm", "cohere") else "half")
     assert (spec.scaling > 1.01) == (name == "yarn")
     assert len(spec.angles) == {"phi3": 4, "glm": 4, "gpt_neox": 2}.get(name, 8)
