@@ -22,7 +22,7 @@ from replace.config import Config
 from replace.convert import at_rest, attention_layers, conversion_of, teacher_attention
 from replace.errors import UserError
 from replace.layer import AttentionModule, ReplacedAttention
-from replace.observe import later_attention, observe
+from replace.observe import Attending, later_attention, observe
 
 logger = logging.getLogger(__name__)
 
@@ -128,11 +128,11 @@ def transfer_stage(model: PreTrainedModel, config: Config) -> Stage:
         losses: dict[str, float] = {"loss": 0.0, "transfer": 0.0, "score": 0.0}
         later: dict[int, Tensor] = {}
 
-        def look(module: AttentionModule, query: Tensor, key: Tensor, scaling: float) -> None:
+        def look(module: AttentionModule, attending: Attending) -> None:
             mixer = layers[module.layer_idx].mixer
             if getattr(mixer, "learns_score", False):
                 gap = (mixer.lookback + 1) * mixer.block
-                later[module.layer_idx] = later_attention(query, key, scaling, gap)
+                later[module.layer_idx] = later_attention(attending, gap)
 
         def learn(module: AttentionModule, args: tuple, kwargs: dict, output) -> None:
             index = module.layer_idx

@@ -96,18 +96,24 @@ def replaced_attention(
     if getattr(mixer, "wants_rotated", False):
         if cache is not None:
             key, value = cache.update(key, value, module.layer_idx)
-        return mixer.attend(query, key, value, attention_mask, call).transpose(1, 2), None
+        return _by_token(mixer.attend(query, key, value, attention_mask, call)), None
     call.slot = cache_slot(cache, module.layer_idx)
     seen = call.slot.seen if call.slot is not None else 0
     call.real = real_tokens(attention_mask, query.shape[2], seen)
     call.document = documents_of(replace_context["position_ids"], call.real, (query.shape[0], query.shape[2]))
-    if seen == 0 and call.real is not None and call.document is None:
+    first = call.slot is None or call.slot.state is None
+    if first and call.real is not None and call.document is None:
         refuse_other_masks(attention_mask, call.real, call.sliding_window)
     if replace_context["rotary"] is not None and mixer.rotary is not None:
         tables, width = replace_context["rotary"], mixer.rotary.spec.width
         query, key = unrotate(family_rotation(module), query, key, *tables, width)
     query, key = query.to(value.dtype), key.to(value.dtype)
-    return mixer(query, key, value, call).transpose(1, 2), None
+    return _by_token(mixer(query, key, value, call)), None
+
+
+def _by_token(out: Tensor) -> Tensor:
+    """`[B, H, T, D]` -> `[B, T, H, D]`, laid out so that a family may view it as `[B, T, H D]`."""
+    return out.transpose(1, 2).contiguous()
 
 
 AttentionInterface.register(IMPLEMENTATION, replaced_attention)
@@ -145,10 +151,10 @@ def real_tokens(mask: Tensor | None, tokens: int, seen: int | Tensor = 0) -> Ten
     else:
         start = min(seen, room)
         own = mask[:, 0, :, start : start + tokens].diagonal(dim1=-2, dim2=-1)
-    return _visible(own)
+    return visible(own)
 
 
-def _visible(mask: Tensor) -> Tensor:
+def visible(mask: Tensor) -> Tensor:
     """Bool: where a mask, bool or additive, lets a query see a key."""
     return mask if mask.dtype == torch.bool else mask == 0
 
@@ -172,7 +178,7 @@ def refuse_other_masks(mask: Tensor | None, real: Tensor, sliding_window: int | 
     place = torch.arange(real.shape[1], device=real.device)
     last = torch.where(real, place, -1).amax(1, keepdim=True)  # -1 in rows of pads only
     own = last.clamp_min(0).view(-1, 1, 1).expand(-1, 1, real.shape[1])
-    seen = _visible(mask[:, 0, :, : real.shape[1]].expand(real.shape[0], -1, -1).gather(1, own).squeeze(1))
+    seen = visible(mask[:, 0, :, : real.shape[1]].expand(real.shape[0], -1, -1).gather(1, own).squeeze(1))
     expected = real if sliding_window is None else real & (last - place < sliding_window)
     if bool((expected & ~seen).any()):
         raise UserError(

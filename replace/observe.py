@@ -4,6 +4,7 @@ import copy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,22 +12,79 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from replace.layer import AttentionModule
+from kernels.numerics import wide
+from replace.layer import AttentionModule, own_window, real_tokens, visible
 
 OBSERVED = "layer_replace_observed"
 CHUNK = 128
 """Queries whose attention is computed at once; nothing of size T x T is held."""
 
-Look = Callable[[AttentionModule, Tensor, Tensor, float], None]
+
+@dataclass
+class Attending:
+    """What a teacher's layer hands to its attention function, and how it attends.
+
+    Attributes:
+        query: `[B, H, T, D]`; key: `[B, G, T, D]`, rotated.
+        mask: bool or additive `[B, 1, T, T]`, or None (causal, nothing padded).
+        scaling, softcap, sliding_window: the teacher's; the last two may be None.
+        sink_logit: `[H]`, the teacher's learned sinks, or None.
+    """
+
+    query: Tensor
+    key: Tensor
+    scaling: float
+    mask: Tensor | None = None
+    softcap: float | None = None
+    sliding_window: int | None = None
+    sink_logit: Tensor | None = None
+
+    def log_weights(self, start: int, stop: int) -> Tensor:
+        """Logarithms of the attention of the queries start .. stop - 1, `[B, G, R, stop - start, stop]` fp32.
+
+        -inf for keys that are not seen, which are all keys for pads.
+        """
+        groups, length = self.key.shape[1], self.query.shape[2]
+        grouped = self.query.unflatten(1, (groups, -1))[:, :, :, start:stop]
+        logits = wide(grouped @ self.key[:, :, None, :stop].transpose(-1, -2)) * self.scaling
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        place = torch.arange(stop, device=logits.device)
+        own = place[start:].unsqueeze(-1)
+        seen = place <= own
+        if self.sliding_window is not None:
+            seen = seen & (own - place < self.sliding_window)
+        if self.mask is not None:
+            real = real_tokens(self.mask, length)
+            assert real is not None
+            allowed = visible(self.mask[:, 0, start:stop, :stop]) & real[:, start:stop, None]
+            seen = (seen & allowed)[:, None, None]
+        logits = logits.masked_fill(~seen, -torch.inf)
+        mass = logits.logsumexp(-1, keepdim=True)
+        if self.sink_logit is not None:
+            mass = torch.logaddexp(mass, wide(self.sink_logit).view(groups, -1, 1, 1))
+        return torch.where(logits == -torch.inf, logits, logits - mass)
+
+
+Look = Callable[[AttentionModule, Attending], None]
 
 
 def observed_attention(
     module: AttentionModule, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs
 ):
-    """The module's own attention function, once the observer saw q `[B, H, T, D]` and k `[B, G, T, D]`."""
+    """The module's own attention function, once the observer was told what it is given."""
     name, look = module.layer_replace_observer
-    scaling = kwargs.get("scaling")
-    look(module, query, key, query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scaling, window = kwargs.get("scaling"), kwargs.get("sliding_window")
+    attending = Attending(
+        query,
+        key,
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        mask,
+        kwargs.get("softcap"),
+        own_window(module) if window is None else window,
+        kwargs.get("s_aux"),
+    )
+    look(module, attending)
     # Any, because transformers asks for a function even where none is needed.
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)(module, query, key, value, mask, **kwargs)
@@ -37,7 +95,7 @@ AttentionInterface.register(OBSERVED, observed_attention)
 
 @contextmanager
 def observe(modules: list[AttentionModule], look: Look) -> Iterator[None]:
-    """Within the block every forward of these attention modules calls `look(module, q, k, scaling)`."""
+    """Within the block every forward of these attention modules calls `look(module, attending)`."""
     configs = [module.config for module in modules]
     try:
         for module, config in zip(modules, configs, strict=True):
@@ -52,28 +110,24 @@ def observe(modules: list[AttentionModule], look: Look) -> Iterator[None]:
 
 
 @torch.no_grad()
-def later_attention(query: Tensor, key: Tensor, scaling: float, gap: int) -> Tensor:
+def later_attention(attending: Attending, gap: int) -> Tensor:
     """How much each token is attended to after it left the window: the teacher's word on what to retain.
 
     Args:
-        query: `[B, H, T, D]`; key: `[B, G, T, D]`, rotated.
         gap: only queries of chunks that begin at least this many tokens after the key count.
 
     Returns:
         `[B, G, T]` fp32: the largest attention probability over those queries and over the heads that share
-        the key-value head; 0 for tokens near the end, which no counted query follows.
+        the key-value head; 0 for tokens that no counted query sees: near the end, beyond the teacher's own
+        window, pads.
     """
-    batch, heads, length, _ = query.shape
-    groups = key.shape[1]
-    grouped = query.unflatten(1, (groups, heads // groups))
+    query, groups = attending.query, attending.key.shape[1]
+    batch, _, length, _ = query.shape
     best = torch.zeros(batch, groups, length, device=query.device)
-    place = torch.arange(length, device=query.device)
     for start in range(0, length, CHUNK):
         stop, reach = min(length, start + CHUNK), max(0, start - gap)
         if reach == 0:
             continue
-        logits = (grouped[:, :, :, start:stop] @ key[:, :, None, :stop].transpose(-1, -2)).float() * scaling
-        logits[..., start:].masked_fill_(place[start:stop] > place[start:stop].unsqueeze(-1), -torch.inf)
-        probability = (logits - logits.logsumexp(-1, keepdim=True))[..., :reach].amax((2, 3)).exp()
+        probability = attending.log_weights(start, stop)[..., :reach].amax((2, 3)).exp()
         best[..., :reach] = torch.maximum(best[..., :reach], probability)
     return best

@@ -4,14 +4,13 @@ import logging
 import random
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from replace.convert import attention_layers
 from replace.corpora import Document
 from replace.episodes import Episode, haystack, make_episode
 from replace.layer import AttentionModule
-from replace.observe import observe
+from replace.observe import Attending, observe
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +36,8 @@ def retrieval_scores(
     for number in range(EPISODES):
         episode = make_episode(tokenizer, rng, limit, (number + 0.5) / EPISODES * 0.8, "passkey", source)
 
-        def look(
-            module: AttentionModule, query: Tensor, key: Tensor, scaling: float, episode: Episode = episode
-        ) -> None:
-            total[module.layer_idx] += _share(query, key, scaling, episode) / EPISODES
+        def look(module: AttentionModule, attending: Attending, episode: Episode = episode) -> None:
+            total[module.layer_idx] += _share(attending, episode) / EPISODES
 
         with observe(layers, look):
             model(
@@ -49,15 +46,9 @@ def retrieval_scores(
     return total
 
 
-def _share(query: Tensor, key: Tensor, scaling: float, episode: Episode) -> float:
+def _share(attending: Attending, episode: Episode) -> float:
     """The best head's mean attention from the positions that predict the answer to the needle's tokens."""
-    asking = slice(episode.answer.start - 1, episode.answer.stop - 1)
-    heads, groups = query.shape[1], key.shape[1]
-    keys = key[0].repeat_interleave(heads // groups, dim=0).float()
-    logits = query[0, :, asking].float() @ keys.transpose(-1, -2) * scaling  # [H, A, T]
-    place = torch.arange(keys.shape[1], device=keys.device)
-    later = place > torch.arange(asking.start, asking.stop, device=keys.device).unsqueeze(-1)
-    weights = logits.masked_fill(later, -torch.inf).softmax(-1)
+    weights = attending.log_weights(episode.answer.start - 1, episode.answer.stop - 1)[0].exp()
     return float(weights[..., episode.needle].sum(-1).mean(-1).max())
 
 

@@ -46,8 +46,11 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **tokens)
 
 
-def tiny_config(family: str) -> PretrainedConfig:
+def tiny_config(family: str, **changes: object) -> PretrainedConfig:
     """A config of `family` with 4 layers, hidden 64, 4 heads and 2 key-value heads, 4,096 positions.
+
+    Args:
+        changes: fields of the config that are to differ.
 
     Raises:
         UserError: transformers knows no such family.
@@ -65,6 +68,7 @@ def tiny_config(family: str) -> PretrainedConfig:
         "bos_token_id": 1,
         "eos_token_id": 2,
         **_FAMILY_SIZES.get(family, {}),
+        **changes,
     }
     sizes = {name: size for name, size in sizes.items() if size is not None}
     try:
@@ -107,9 +111,11 @@ _FAMILY_SIZES: dict[str, dict[str, object]] = {
 }
 
 
-def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+def tiny_model(
+    family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: object
+) -> PreTrainedModel:
     """A random model of `tiny_config(family)`, in evaluation mode; the global random state is left alone."""
-    config = tiny_config(family)
+    config = tiny_config(family, **changes)
     # As real models are loaded: sdpa silently drops a soft cap.
     capped = getattr(config, "attn_logit_softcapping", None) is not None
     options = {"attn_implementation": "eager"} if capped else {}
