@@ -182,8 +182,8 @@ def refuse_other_masks(mask: Tensor | None, real: Tensor, sliding_window: int | 
     expected = real if sliding_window is None else real & (last - place < sliding_window)
     if bool((expected & ~seen).any()):
         raise UserError(
-            "an attention mask that hides earlier tokens from a query cannot be followed by a replaced layer; "
-            "allowed: masks for padding, and packed documents whose position_ids begin anew at 0."
+            "an attention mask that hides earlier tokens cannot be followed by a replaced layer; allowed: "
+            "masks for padding, and packed documents whose position_ids begin anew at 0."
         )
 
 

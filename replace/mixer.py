@@ -8,6 +8,10 @@ memory, if the variant has one.
 All keys are kept without their position. For each block they are rotated inside the block's own frame, whose
 origin moves so that no distance exceeds `distance_cap`; while everything lies inside the cap the distances
 are the true ones.
+
+The exact part attends as the teacher does: with its scaling, soft cap, learned sinks, dropout in training, and
+its own sliding window. A key of the window that lies beyond the teacher's is not seen there. Sinks, retained
+pairs and memory reach further than the teacher's window on purpose: that is what they are for.
 """
 
 from dataclasses import replace
@@ -307,7 +311,10 @@ class BlockMixer(nn.Module):
         return (window_start + (self.lookback + 1) * self.block - 1 - cap).clamp_min(0)
 
     def _window_mask(self, blocks: Blocks, call: Call, slots: Tensor) -> Tensor:
-        """`[Q, N, S, span]`: the window slots each query sees; always itself, so that no softmax is empty."""
+        """`[Q, N, S, span]`: the window slots each query sees, none beyond the teacher's own sliding window.
+
+        Always itself, so that no softmax is empty.
+        """
         size, span = self.block, slots.shape[-1]
         own = torch.arange(span - size, span, device=slots.device).unsqueeze(-1)
         key = torch.arange(span, device=slots.device)

@@ -106,7 +106,13 @@ _FAMILY_SIZES: dict[str, dict[str, object]] = {
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "falcon": {"head_dim": None},
     "gptj": {"rotary_dim": 8},
-    "deepseek_v3": {**_LATENT, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2},
+    "deepseek_v3": {
+        **_LATENT,
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+    },
     "youtu": _LATENT,
 }
 

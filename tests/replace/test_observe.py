@@ -97,9 +97,7 @@ def test_observing_changes_no_logit_and_leaves_nothing_behind(family):
     configs = [module.config for module in layers]
     ids = torch.randint(0, 100, (1, 20))
     want, seen = model(ids).logits, []
-    with observe(
-        layers, lambda module, attending: seen.append((module.layer_idx, attending.key.shape))
-    ):
+    with observe(layers, lambda module, attending: seen.append((module.layer_idx, attending.key.shape))):
         got = model(ids).logits
     assert torch.equal(got, want)
     assert [entry[0] for entry in seen] == [module.layer_idx for module in layers]

@@ -19,7 +19,10 @@ FAMILIES = {
     "gpt_neox": {"rotary_pct": 0.25},
     "glm": {"partial_rotary_factor": 0.5, "head_dim": DIM},  # interleaved
     "cohere": {},  # interleaved
-    "gpt_oss": {"head_dim": DIM, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},  # half-width
+    "gpt_oss": {
+        "head_dim": DIM,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },  # half-width
 }
 
 
@@ -53,7 +56,9 @@ def test_rotates_as_the_family_does_and_back(name: str) -> None:
     spec = measure_rotary(function, *tables(torch.arange(4)[None]), DIM)
     x = torch.randn(1, 2, 200, DIM, generator=torch.Generator().manual_seed(0))
     turned = applied(function, x, cos, sin)
-    torch.testing.assert_close(unrotate(function, turned, turned, cos, sin, spec.width)[0], x, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        unrotate(function, turned, turned, cos, sin, spec.width)[0], x, atol=1e-5, rtol=1e-5
+    )
     assert spec.pairing == ("interleaved" if name in ("glm", "cohere") else "half")
     assert (spec.scaling > 1.01) == (name == "yarn")
     assert len(spec.angles) == {"phi3": 4, "glm": 4, "gpt_neox": 2}.get(name, 8)
