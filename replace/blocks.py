@@ -1,6 +1,6 @@
 """The shapes that a mixer works on: heads, what a call brings, tokens in blocks."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
@@ -65,6 +65,7 @@ class Blocks:
         selection: the retained pairs before each block, or None.
         pool_k, pool_v: `[Q, G, K + N S, D]`, what its indices point into.
         written: the memory before each block and after the last, where the variant has one.
+        own: whatever else a variant computes once and needs again in the same call, by name.
         step: one token that completes no block, so that nothing leaves: only q, layout and state are there
             (`replace.one_token`).
     """
@@ -82,6 +83,7 @@ class Blocks:
     pool_k: Tensor | None = None
     pool_v: Tensor | None = None
     written: Memory | None = None
+    own: dict[str, Tensor] = field(default_factory=dict)
     step: bool = False
 
     @property

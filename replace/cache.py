@@ -24,7 +24,7 @@ class State:
             pair_position `[B, G, K]` int64; pair_weight `[B, G, K]` fp32, the write gates, for a pair that
             later moves into the memory.
         memory_M, memory_z, memory_n: `[B, G, F, D]` and `[B, G, F]` fp32, `[B, G]`; see
-            `kernels.linear_memory.chunk`.
+            `kernels.linear_memory.chunk`, or the variant if its memory is of another kind.
         own: whatever else a variant keeps, by name; the first dimension is B.
     """
 

@@ -29,6 +29,9 @@ from replace.errors import UserError, bad_value
 CONF = Path(__file__).resolve().parent.parent / "conf"
 GROUPS = tuple(sorted(folder.name for folder in CONF.iterdir() if any(folder.glob("*.yaml"))))
 
+OWN = "attention.own."
+"""What the keys begin with that only a variant knows."""
+
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", type(None): "null"}
 
 
@@ -38,9 +41,14 @@ def register() -> None:
 
 
 def normalise(arguments: Sequence[str]) -> list[str]:
-    """The command line with `from=` as `source=` (a keyword cannot be a field) and `exp=` as `+exp=`."""
+    """The command line as Hydra takes it.
+
+    `from=` becomes `source=` (a keyword cannot be a field), `exp=` becomes `+exp=`, and `attention.own.x=`
+    becomes `++attention.own.x=`, because the file of a variant need not name all options of its own.
+    """
     renamed = [re.sub(r"^\+*from=", "source=", argument) for argument in arguments]
-    return [re.sub(r"^exp=", "+exp=", argument) for argument in renamed]
+    renamed = [re.sub(r"^exp=", "+exp=", argument) for argument in renamed]
+    return [re.sub(rf"^\+*({re.escape(OWN)})", r"++\1", argument) for argument in renamed]
 
 
 def compose(overrides: Sequence[str]) -> Config:
@@ -50,6 +58,7 @@ def compose(overrides: Sequence[str]) -> Config:
         UserError: an override was refused.
     """
     register()
+    overrides = normalise(overrides)
     refuse_unknown(overrides)
     for override in parse(overrides):
         if override.is_sweep_override():
@@ -150,7 +159,7 @@ def select(config: Config, key: str) -> object:
     """The value at a dotted key."""
     node: object = config
     for part in key.split("."):
-        node = getattr(node, part)
+        node = node.get(part) if isinstance(node, dict) else getattr(node, part)
     return node
 
 
@@ -174,7 +183,7 @@ def _refused(override: Override) -> UserError | None:
             OmegaConf.update(OmegaConf.structured(Config), key, value)
         except OmegaConfBaseException:
             return bad_value(key, value, _allowed(key))
-    if override.is_add():
+    if override.is_add() and not key.startswith(OWN):
         return bad_value("argument", written, f"{key}=..., without the +")
     return None
 
@@ -212,6 +221,8 @@ def _word(kind: object) -> str:
         return " or ".join(_word(part) for part in typing.get_args(kind))
     if typing.get_origin(kind) is list:
         return f"a list such as [1,2], each {_word(typing.get_args(kind)[0])}"
+    if typing.get_origin(kind) is dict:
+        return "names with values, such as {name: 1}"
     return _WORDS.get(kind, str(kind)) if isinstance(kind, type) else str(kind)
 
 

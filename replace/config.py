@@ -5,7 +5,8 @@ of attention and stage, which the Python API uses, are those of conf/attention/i
 conf/stage/default.yaml.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 
 @dataclass
@@ -28,7 +29,7 @@ class AttentionConfig:
 
     `window` counts the exact tokens before a query's own block and is a multiple of `block`; `local: segment`
     has none. `scale` multiplies q and k before a feature map; None stands for the root of the teacher's
-    softmax scale.
+    softmax scale. `own` holds options that only this variant has, by name (`attention.own.<name>=...`).
     """
 
     name: str = "infini"
@@ -47,6 +48,11 @@ class AttentionConfig:
     scale: float | None = None
     rotary: bool = False
     clamp: float = 1e4
+    own: dict[str, Any] = field(default_factory=dict)
+
+    def shared_with(self, name: str) -> "AttentionConfig":
+        """These options for the variant `name`: `own` stays behind, unless it is the same variant."""
+        return replace(self, name=name, own=dict(self.own) if name == self.name else {})
 
 
 @dataclass

@@ -2,14 +2,13 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from replace.config import AttentionConfig, Config, StageBudget
 from replace.loading import ModelFacts, check_model
-from replace.memory import MemoryMixer
 from replace.mixer import VARIANTS, BlockMixer, Heads
 from replace.validation import selected
 
@@ -99,7 +98,7 @@ def added_parameters(attention: AttentionConfig, variant: str, facts: ModelFacts
         return 0
     heads = Heads(facts.heads, facts.kv_heads, facts.head_dim, facts.hidden)
     with torch.device("meta"):
-        mixer = VARIANTS.get(variant)(replace(attention, name=variant), heads, None)
+        mixer = VARIANTS.get(variant)(attention.shared_with(variant), heads, None)
     return sum(parameter.numel() for parameter in mixer.parameters())
 
 
@@ -128,7 +127,9 @@ def _parts(config: Config, facts: ModelFacts) -> dict[str, int]:
         counts[config.layers.rest] = counts.get(config.layers.rest, 0) + facts.layers - new
     pairs = config.attention.pairs > 0
     return {
-        "memory": sum(count for name, count in counts.items() if issubclass(VARIANTS.get(name), MemoryMixer)),
+        "memory": sum(
+            count for name, count in counts.items() if getattr(VARIANTS.get(name), "has_memory", False)
+        ),
         "pairs": sum(
             count for name, count in counts.items() if pairs and issubclass(VARIANTS.get(name), BlockMixer)
         ),

@@ -14,8 +14,10 @@ its own sliding window. A key of the window that lies beyond the teacher's is no
 pairs and memory reach further than the teacher's window on purpose: that is what they are for.
 """
 
+import math
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -48,13 +50,20 @@ class BlockMixer(nn.Module):
     has_memory: ClassVar[bool] = False
     """Whether there is a memory behind the exact part."""
 
+    own_options: ClassVar[dict[str, object]] = {}
+    """Options that only this variant has, `attention.own.<name>`, with their defaults; the default says the
+    type, and None stands for any plain value.
+    """
+
     @classmethod
     def check(cls, options: AttentionConfig) -> None:
         """Refuse options that do not go together in this variant.
 
         Raises:
-            UserError: the score of the retained pairs asks for a memory that the variant has not.
+            UserError: the score of the retained pairs asks for a memory that the variant has not, or an
+                option of `own_options` is unknown or of another type.
         """
+        check_own(options.own, cls.own_options)
         if options.pairs and SCORES.get(options.pairs_score).needs == "memory" and not cls.has_memory:
             others = [name for name in SCORES.names() if SCORES.get(name).needs != "memory"]
             raise bad_value(
@@ -77,6 +86,13 @@ class BlockMixer(nn.Module):
         self.clamped: Tensor | int = 0
         self.nonfinite: Tensor | int = 0
         self.score = SCORES.get(options.pairs_score)(heads) if options.pairs else None
+
+    @classmethod
+    def own_option(cls, options: AttentionConfig, name: str) -> Any:
+        """The value of `attention.own.<name>`, or its default."""
+        default = cls.own_options[name]
+        value = options.own.get(name, default)
+        return float(value) if isinstance(default, float) else value
 
     @property
     def learns_score(self) -> bool:
@@ -450,6 +466,28 @@ class BlockMixer(nn.Module):
     def _rows(layout: Layout, state: State) -> State:
         """From sequences to rows: each row goes on with its last document."""
         return state if layout.last is None else state.map(lambda x: x[layout.last])
+
+
+def check_own(given: Mapping[str, object], known: Mapping[str, object]) -> None:
+    """Refuse options of a variant's own that it does not know, or that are not of their default's type.
+
+    Raises:
+        UserError: the first of them.
+    """
+    for name, value in given.items():
+        field = f"attention.own.{name}"
+        if name not in known:
+            allowed = ", ".join(f"attention.own.{one}" for one in known)
+            raise bad_value(field, value, allowed or "nothing, since this variant has no options of its own")
+        kind: type = type(known[name])
+        fits = type(value) is kind or known[name] is None
+        if kind is float:
+            fits = type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+        if not fits:
+            raise bad_value(field, value, OWN_TYPES.get(kind, f"a {kind.__name__}"))
+
+
+OWN_TYPES = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a word"}
 
 
 def sum_dtype(x: Tensor) -> torch.dtype:

@@ -4,6 +4,7 @@ What is left is softmax over the sinks, the retained pairs and the window, a rea
 key and value in the local part. The last token of a block takes the general way (`BlockMixer.forward`).
 """
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,21 +18,33 @@ from replace.layout import Layout
 if TYPE_CHECKING:
     from replace.mixer import BlockMixer
 
+STATE = ("arrange", "next_state", "step_state")
+"""The methods of a mixer that decide what is in its state."""
+
 
 def can_step(mixer: "BlockMixer", query: Tensor, call: Call) -> bool:
     """Whether this call is one token for rows whose blocks it does not fill.
 
-    A compiler gets the general way each time, since it needs one graph for all steps.
+    A compiler gets the general way each time, since it needs one graph for all steps; so does a variant that
+    has a state of its own and does not say how a step changes it.
     """
     slot = call.slot
     return (
         query.shape[2] == 1
         and slot is not None
         and slot.state is not None
+        and knows_steps(type(mixer))
         and not (mixer.off or call.dropout or torch.compiler.is_compiling())
         and (mixer.score is None or mixer.score.needs != "window")
         and slot.steps_to_go(mixer.block) > 1
     )
+
+
+@functools.cache
+def knows_steps(variant: type) -> bool:
+    """Whether `step_state` is at least as special as the methods that make the state of a general call."""
+    depth = {name: next(i for i, kind in enumerate(variant.__mro__) if name in vars(kind)) for name in STATE}
+    return depth["step_state"] == min(depth.values())
 
 
 def one_token(mixer: "BlockMixer", query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:

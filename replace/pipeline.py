@@ -1,6 +1,5 @@
 """One run, from top to bottom."""
 
-import copy
 import dataclasses
 import hashlib
 import json
@@ -31,7 +30,7 @@ from eval.measure import Yardstick, conclude, measure, probe_rows, yardstick
 from eval.metrics import FILE, new_metrics, read_metrics, write_metrics
 from eval.report import write_report
 from replace.cache import ReplacedCacheLayer
-from replace.config import AttentionConfig, Config
+from replace.config import Config
 from replace.convert import Conversion, SwapSpec, attention_layers, probe_ids, swap
 from replace.corpora import Document, load_documents, provenance_of
 from replace.errors import UserError
@@ -165,8 +164,7 @@ def choose(config: Config, loaded: Loaded, documents: list[Document], run_dir: P
         chosen = retrieval_layers(scores, config.layers.k)
     spec = dict.fromkeys(chosen, config.attention)
     if config.layers.rest != "keep":
-        rest: AttentionConfig = copy.copy(config.attention)
-        rest.name = config.layers.rest
+        rest = config.attention.shared_with(config.layers.rest)
         spec |= {i: rest for i in indices if i not in spec}
     return SwapSpec(dict(sorted(spec.items())))
 

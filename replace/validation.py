@@ -171,7 +171,7 @@ def _check_names(config: Config) -> None:
     """Names that registries know; imported only here and last, since they bring torch."""
     from replace.feature_maps import FEATURE_MAPS
     from replace.memory import UPDATES
-    from replace.mixer import VARIANTS, BlockMixer
+    from replace.mixer import VARIANTS, BlockMixer, check_own
     from replace.scores import SCORES
 
     attention = config.attention
@@ -184,19 +184,22 @@ def _check_names(config: Config) -> None:
         _one_of("layers.rest", rest, ("keep", *VARIANTS.names()))
     if issubclass(variant, BlockMixer):
         variant.check(attention)
-    if rest != "keep" and not _takes(VARIANTS.get(rest), attention):
-        others = ["keep", *(name for name in VARIANTS.names() if _takes(VARIANTS.get(name), attention))]
+    else:
+        check_own(attention.own, getattr(variant, "own_options", {}))
+    if rest != "keep" and not _takes(rest, attention):
+        others = ["keep", *(name for name in VARIANTS.names() if _takes(name, attention))]
         shared = f"since it shares attention.pairs_score={attention.pairs_score}, which needs a memory"
         raise bad_value("layers.rest", rest, f"{', '.join(others)}, {shared}")
 
 
-def _takes(variant: type, attention: AttentionConfig) -> bool:
-    """Whether these options go together in this variant."""
-    from replace.mixer import BlockMixer
+def _takes(name: str, attention: AttentionConfig) -> bool:
+    """Whether the variant `name` can share these options."""
+    from replace.mixer import VARIANTS, BlockMixer
 
+    variant = VARIANTS.get(name)
     if issubclass(variant, BlockMixer):
         try:
-            variant.check(attention)
+            variant.check(attention.shared_with(name))
         except UserError:
             return False
     return True

@@ -1,37 +1,16 @@
 """Infini-attention (Munkhdalai et al. 2024): a gate per head (and token) between exact part and memory."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kernels.linear_memory.chunk import EMPTY
 from kernels.numerics import wide
 from replace.blocks import Blocks, Call, Heads, grouped
 from replace.config import AttentionConfig
+from replace.gates import ReadGate
 from replace.memory import MemoryMixer
 from replace.mixer import VARIANTS
 from replace.rotary import RotarySpec
-
-
-class ReadGate(nn.Module):
-    """g = sigmoid(beta) per head, or sigmoid(w.x_t + beta) per token and head with w = 0 at the start."""
-
-    def __init__(self, heads: Heads, kind: str, initial: float) -> None:
-        super().__init__()
-        self.beta = nn.Parameter(torch.full((heads.query,), initial))
-        self.weight = nn.Parameter(torch.zeros(heads.query, heads.hidden)) if kind == "token" else None
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """hidden `[B, T, C]` -> `[B, H, T, 1]` fp32 in (0, 1)."""
-        x = wide(hidden)
-        beta = self.beta.to(x.dtype)
-        if self.weight is None:
-            return beta.sigmoid().view(1, -1, 1, 1).expand(*x.shape[:1], -1, x.shape[1], 1)
-        return (
-            torch.nn.functional.linear(x, self.weight.to(x.dtype), beta)
-            .sigmoid()
-            .transpose(1, 2)
-            .unsqueeze(-1)
-        )
 
 
 @VARIANTS.register("infini")

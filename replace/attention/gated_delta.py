@@ -1,0 +1,173 @@
+"""Gated DeltaNet (Yang et al. 2024) behind the exact part, with a scaled step instead of unit-norm keys.
+
+The memory S `[D, Dv]` of a key-value head takes the tokens that have left the window one by one, sinks left
+out and retained pairs included, once their block has left:
+
+    S <- alpha_t S;   S <- S + b_t k_t (v_t - k_t S)^T,   b_t = beta_t / (|k_t|^2 + eps),
+    beta_t = sigmoid(w.x_t + b),   alpha_t = exp(-softplus(u.x_t + c)).
+
+It answers A_mem = e^a q S, a one number per query head, and is joined as in Infini-attention:
+
+    out = g A_mem + (1 - g) A_exact,   g = 0 where nothing has been written.
+
+Queries and keys have neither position nor scale here: b_t undoes the size of the keys, e^a that of the
+queries. At the start w = u = a = 0, beta = `step_init` and alpha = `decay_init`.
+"""
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from kernels.gated_delta_rule.chunk import Written, write_gated_delta
+from kernels.numerics import count_dtype, wide
+from replace.blocks import Blocks, Call, Heads, grouped
+from replace.cache import State
+from replace.config import AttentionConfig
+from replace.errors import bad_value
+from replace.gates import ReadGate, TokenMap
+from replace.mixer import VARIANTS, BlockMixer
+from replace.rotary import RotarySpec
+
+
+@VARIANTS.register("gated_delta")
+class GatedDelta(BlockMixer):
+    """The exact part and a gated delta memory, joined by a gate.
+
+    Untrained, the memory answers with what stands under the keys that resemble the query most recently
+    written, without softmax's sharpness: the swap is as far from the teacher as sigmoid of `gate_init`
+    allows, and exact where nothing has left the window.
+
+    In the state, memory_M is S, memory_n the number of tokens written, memory_z None; `own` holds step (beta)
+    and log_decay of the local tokens, each `[B, G, (L + 1) S]` fp32.
+    """
+
+    has_memory = True
+    own_options = {"decay_init": 0.999, "step_init": 0.5}
+
+    @classmethod
+    def check(cls, options: AttentionConfig) -> None:
+        """As the base does, and both starting values must lie strictly between 0 and 1.
+
+        Raises:
+            UserError: they do not.
+        """
+        super().check(options)
+        for name in cls.own_options:
+            value = cls.own_option(options, name)
+            if not 0 < value < 1:
+                raise bad_value(f"attention.own.{name}", value, "a number between 0 and 1, both excluded")
+
+    def __init__(self, options: AttentionConfig, heads: Heads, rotary: RotarySpec | None) -> None:
+        super().__init__(options, heads, rotary)
+        step, decay = (self.own_option(options, name) for name in ("step_init", "decay_init"))
+        self.gate = ReadGate(heads, options.gate, options.gate_init)
+        self.log_amplitude = nn.Parameter(torch.zeros(heads.query))
+        self.step = TokenMap(heads, math.log(step / (1 - step)))
+        self.decay = TokenMap(heads, math.log(1 / decay - 1))  # the inverse of exp(-softplus(c))
+
+    def arrange(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Blocks:
+        """As the base does, with steps and decays put into slots as well."""
+        blocks = super().arrange(query, key, value, call)
+        for name, figure in self._figures(call.hidden).items():
+            past = None if blocks.state is None else blocks.state.own[name]
+            figure = blocks.layout.new(figure.unsqueeze(-1)).squeeze(-1)
+            blocks.own[name] = self._with_past(blocks.layout, figure, past)
+        return blocks
+
+    def _figures(self, hidden: Tensor) -> dict[str, Tensor]:
+        """Steps and decays of new tokens, each `[B, G, T]`."""
+        decay = torch.nn.functional.softplus(self.decay(hidden))
+        return {"step": self.step(hidden).sigmoid(), "log_decay": -decay}
+
+    def mix(self, blocks: Blocks, exact: Tensor, mass: Tensor | None, call: Call) -> Tensor:
+        """Join by the gate; see the module."""
+        memory, count = self._held(blocks) if blocks.step else self._write_all(blocks)
+        size = blocks.layout.block
+        gate = grouped(blocks.layout.new(self.gate(call.hidden)), self.heads, size)
+        if "window" in self.off:
+            gate = torch.ones_like(gate)
+        held = (count > 0)[..., None, None]
+        gate = torch.where(held, gate, 0) if "memory" not in self.off else torch.zeros_like(gate)
+        amplitude = self.log_amplitude.exp().to(gate.dtype).view(1, -1, 1, 1)
+        own = blocks.layout.positions()[:, None, -blocks.q.shape[2] :]
+        query = grouped(self._turned(blocks.q, own) * amplitude, self.heads, size)
+        return gate * (query @ memory) + (1 - gate) * wide(exact)
+
+    @staticmethod
+    def _held(blocks: Blocks) -> tuple[Tensor, Tensor]:
+        """The memory `[B, G, 1, D, Dv]` before a step that writes nothing, and its count `[B, G, 1]`."""
+        state = blocks.state
+        assert state is not None
+        assert state.memory_M is not None
+        assert state.memory_n is not None
+        return state.memory_M.unsqueeze(2), state.memory_n.unsqueeze(2)
+
+    def _write_all(self, blocks: Blocks) -> tuple[Tensor, Tensor]:
+        """Write what leaves, and count; the memory before each block `[Q, G, N, D, Dv]`, and its count."""
+        written = self._write(blocks)
+        count = self._count(blocks, written)
+        final = torch.arange(count.shape[2] - 1, device=count.device) < blocks.layout.evicted()[:, None]
+        final = final.unsqueeze(1)
+        # What is written now but has not left for good is written again by the next call: count it then.
+        lost = self.may_leave(blocks) & ~written.written & final.unsqueeze(-1)
+        self.clamped = self.clamped + (written.clamped & final).sum()
+        self.nonfinite = self.nonfinite + lost.sum()
+        blocks.own |= {"states": written.states, "count": count}
+        return written.states[:, :, :-1], count[:, :, :-1]
+
+    def _write(self, blocks: Blocks) -> Written:
+        """Write each block that leaves during the call on top of what was there."""
+        k, v = blocks.k[:, :, blocks.leaving], blocks.v[:, :, blocks.leaving]
+        k = self._turned(k, blocks.layout.positions()[:, None, blocks.leaving])
+        step, log_decay = (self._by_block(blocks.own[x][:, :, blocks.leaving]) for x in ("step", "log_decay"))
+        state = blocks.state
+        if state is not None and state.memory_M is not None:
+            initial = state.memory_M
+        else:
+            initial = wide(k).new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1])
+        k, v = self._by_block(k), self._by_block(v)
+        mask = self.may_leave(blocks)
+        return write_gated_delta(k, v, step, log_decay, mask, initial, self.options.clamp)
+
+    def _turned(self, x: Tensor, positions: Tensor) -> Tensor:
+        """`x [Q, X, P, D]` in fp32, rotated where the recipe asks for it."""
+        if self.options.rotary and self.rotary is not None:
+            x = self.rotary(x, positions, absolute=True)
+        return wide(x)
+
+    def _count(self, blocks: Blocks, written: Written) -> Tensor:
+        """`[Q, G, N + 1]`: the tokens written before each block and after the last."""
+        new = written.written.sum(-1).to(count_dtype(blocks.v.device))
+        past = None if blocks.state is None else blocks.state.memory_n
+        past = torch.zeros_like(new[:, :, 0]) if past is None else past
+        return torch.cat([past.unsqueeze(-1), new], dim=-1).cumsum(-1)
+
+    @torch.no_grad()
+    def scores(self, blocks: Blocks, key: Tensor, value: Tensor, call: Call) -> Tensor:
+        """As the base does; self recall asks the memory of all older tokens for the leaving ones."""
+        assert self.score is not None
+        if self.score.needs != "memory":
+            return super().scores(blocks, key, value, call)
+        k, v = blocks.k[:, :, blocks.leaving], self._by_block(blocks.v[:, :, blocks.leaving])
+        k = self._by_block(self._turned(k, blocks.layout.positions()[:, None, blocks.leaving]))
+        residual = self.score(wide(v), k @ self._write(blocks).states[:, :, :-1]).flatten(2)
+        return torch.nn.functional.pad(residual, (0, blocks.k.shape[2] - residual.shape[2]))
+
+    def step_state(self, blocks: Blocks, key: Tensor, value: Tensor, call: Call) -> State:
+        """The base's, with the new token's step and decay."""
+        state, here = super().step_state(blocks, key, value, call), blocks.valid.unsqueeze(1)
+        new = self._figures(call.hidden)
+        own = {name: torch.where(here, new[name], past) for name, past in state.own.items()}
+        return replace(state, own=own)
+
+    def next_state(self, blocks: Blocks) -> State:
+        """The base's state with the memory, and the steps and decays of what is local."""
+        evicted = blocks.layout.evicted()
+        return replace(
+            super().next_state(blocks),
+            memory_M=self._at(blocks.own["states"], evicted),
+            memory_n=self._at(blocks.own["count"], evicted),
+            own={name: self._local(blocks.own[name], evicted) for name in ("step", "log_decay")},
+        )
