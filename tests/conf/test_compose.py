@@ -138,3 +138,47 @@ def test_the_defaults_of_the_python_api_are_those_of_the_default_files():
     composed = compose(["layers=all"])
     assert composed.attention == Config().attention
     assert composed.stage == Config().stage
+
+
+OWN = "attention.own.decay_init"
+
+
+@pytest.mark.parametrize("spelling", [f"{OWN}=0.9", f"+{OWN}=0.9", f"++{OWN}=0.9"])
+def test_options_of_a_variant_s_own_need_no_plus(spelling: str, tmp_path: Path) -> None:
+    config = compose(["+exp=gated_delta", spelling])
+    assert config.attention.own == {"decay_init": 0.9, "step_init": 0.5}
+    validate(config, SMOLLM2)
+    assert normalise([spelling]) == [f"++{OWN}=0.9"]
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    assert load_config(tmp_path, "resume") == config
+
+
+def test_a_file_need_not_name_a_variant_s_own_options() -> None:
+    config = compose(["attention=infini", "attention.name=gated_delta", f"{OWN}=0.9"])
+    assert config.attention.own == {"decay_init": 0.9}
+    validate(config, SMOLLM2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["attention.own.decay=1"], ["attention.own.decay=1 ", "attention.own.decay_init"]),
+        ([f"{OWN}=word"], [f"{OWN}='word'", "a finite number"]),
+        ([f"{OWN}=1.5"], [f"{OWN}=1.5", "between 0 and 1"]),
+        (["attention.own.decay_init.x=1"], [f"{OWN}", "a finite number"]),
+        (["attention.own=3"], ["attention.own=3", "names with values"]),
+        (["attention=identity", f"{OWN}=0.9"], [f"{OWN}=0.9", "nothing"]),
+        ([f"~{OWN}"], [OWN, "nothing can be deleted"]),
+    ],
+)
+def test_a_variant_s_own_options_are_refused_by_name(overrides: list[str], words: list[str]) -> None:
+    with pytest.raises(UserError) as refused:
+        validate(compose(["attention=gated_delta", *overrides]), SMOLLM2)
+    assert all(word in str(refused.value) for word in words), str(refused.value)
+
+
+def test_own_options_stay_with_their_variant() -> None:
+    """`layers.rest` shares the options of `attention`, except those that only that one has."""
+    attention = compose(["+exp=gated_delta"]).attention
+    assert attention.shared_with("sliding_window").own == {}
+    assert attention.shared_with("gated_delta") == attention

@@ -199,6 +199,7 @@ def test_a_stranger_loads_generates_tunes_and_saves_it(tmp_path: Path, own_packa
     folders = [
         exported(mixed(), tmp_path / "mixed"),
         exported(swapped({1: options("linear")}), tmp_path / "linear"),
+        exported(swapped({1: options("gated_delta")}), tmp_path / "gated"),
         exported(capped, tmp_path / "gemma2"),
         exported(swapped({0: options("linear")}, "mixtral"), tmp_path / "mixtral"),
         exported(swapped({2: options(own_package)}), tmp_path / "own"),
@@ -248,6 +249,19 @@ def test_load_gives_back_what_was_swapped(family: str, tmp_path: Path) -> None:
     assert torch.equal(logits(load(tmp_path / "again")[0]), logits(loaded))
     restore(loaded)
     assert not any("mixer" in name for name in loaded.state_dict())
+
+
+def test_options_of_a_variant_s_own_are_exported(tmp_path: Path) -> None:
+    own = {"decay_init": 0.9, "step_init": 0.25}
+    model = swapped({0: options("gated_delta", own=own), 2: options("gated_delta", pairs=0)})
+    export_model(model, tiny_tokenizer(), tmp_path / "model", TINY)
+    loaded, _ = load(tmp_path / "model")
+    assert torch.equal(logits(loaded), logits(model))
+    assert loaded.layer_replace.spec == model.layer_replace.spec
+    assert loaded.layer_replace.spec.layers[0].own == own
+    files = code(type(model), model.layer_replace.spec)
+    assert {"replace_attention_gated_delta", "kernels_gated_delta_rule_chunk"} <= set(files)
+    assert {"replace_memory", "replace_attention_infini", "replace_feature_maps"}.isdisjoint(files)
 
 
 def test_a_bf16_model_keeps_its_fp32_mixers(tmp_path: Path) -> None:

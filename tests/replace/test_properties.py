@@ -584,6 +584,65 @@ def test_18_self_recall_is_the_residual_of_the_memory_of_all_older_tokens(name: 
             close(got[g, j], (v[0, g, j] - answer).norm())
 
 
+@torch.no_grad()
+def test_18_self_recall_is_the_residual_of_the_gated_delta_memory() -> None:
+    mixer, (q, k, v, hidden) = mixer_of("gated-delta", pairs_score="self_recall"), inputs(27)
+    call, size = Call(hidden, 0.4), mixer.block
+    got = mixer.scores(mixer.arrange(q, k, v, call), k, v, call)[0, :, mixer.lookback * size :]
+    before = delta_states(mixer, k, v, hidden, (-1, -1))
+    for j in range(27 - 27 % size - mixer.lookback * size):
+        for g in range(2):
+            close(got[g, j], (v[0, g, j] - k[0, g, j] @ before[j // size][g]).norm())
+    whole, slot = in_pieces(mixer, [27], q, k, v, hidden)
+    pieces, other = in_pieces(mixer, [9, 1, 17], q, k, v, hidden)
+    close(pieces, whole)
+    assert torch.equal(slot.state.pair_position, other.state.pair_position)
+
+
+@torch.no_grad()
+def test_gated_delta_parts_can_be_switched_off() -> None:
+    mixer, tensors = mixer_of("gated-delta-plain", sinks=1), inputs(27)
+    window = mixer_of("gated-delta-plain", name="sliding_window", sinks=1)
+    whole, slot = in_pieces(mixer, [9, 18], *tensors)
+    mixer.off = frozenset({"memory"})
+    without, same = in_pieces(mixer, [9, 18], *tensors)
+    close(without, attend(window, *tensors))
+    torch.testing.assert_close(same.state.memory_M, slot.state.memory_M)  # it is not read, but still written
+    mixer.off = frozenset({"window", "sinks"})
+    alone = attend(mixer, *tensors)
+    assert not torch.allclose(alone[:, :, 8:], whole[:, :, 8:])
+    other = [*tensors[:2], tensors[2].clone(), tensors[3]]
+    other[2][:, :, 20:] += 1  # what has not left the window
+    assert torch.equal(attend(mixer, *other)[:, :, 20:24], alone[:, :, 20:24])
+
+
+def test_options_of_a_variant_s_own_are_read_and_refused() -> None:
+    x = inputs(5)[3]
+    mixer = VARIANTS.get("gated_delta")(
+        options_of("gated-delta", own={"decay_init": 0.9, "step_init": 0.25}), HEADS, None
+    ).double()
+    torch.testing.assert_close(torch.exp(-F.softplus(mixer.decay(x))), torch.full((1, 2, 5), 0.9).double())
+    torch.testing.assert_close(mixer.step(x).sigmoid(), torch.full((1, 2, 5), 0.25).double())
+    default = VARIANTS.get("gated_delta")(options_of("gated-delta"), HEADS, None).double()
+    torch.testing.assert_close(
+        torch.exp(-F.softplus(default.decay(x))), torch.full((1, 2, 5), 0.999).double()
+    )
+    for own in (
+        {"decay": 0.9},
+        {"decay_init": "x"},
+        {"decay_init": True},
+        {"step_init": 1},
+        {"decay_init": 0.0},
+    ):
+        (name,) = own
+        with pytest.raises(UserError, match=rf"attention\.own\.{name}="):
+            mixer_of("gated-delta", own=own)
+    with pytest.raises(UserError, match=r"attention\.own\.decay_init, attention\.own\.step_init"):
+        mixer_of("gated-delta", own={"decay": 0.9})
+    with pytest.raises(UserError, match="no options of its own"):
+        mixer_of("infini", own={"decay_init": 0.9})
+
+
 @pytest.mark.parametrize(
     "change", [{"name": "sliding_window"}, {"name": "linear", "update": "delta_bounded"}]
 )
