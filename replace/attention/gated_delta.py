@@ -16,6 +16,7 @@ queries. At the start w = u = a = 0, beta = `step_init` and alpha = `decay_init`
 
 import math
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,16 +36,16 @@ from replace.rotary import RotarySpec
 class GatedDelta(BlockMixer):
     """The exact part and a gated delta memory, joined by a gate.
 
-    Untrained, the memory answers with what stands under the keys that resemble the query most recently
-    written, without softmax's sharpness: the swap is as far from the teacher as sigmoid of `gate_init`
-    allows, and exact where nothing has left the window.
+    Untrained, the memory answers with a blurred mixture of the values under the keys that point where the
+    query does, the latest first, at about the size of the exact part: the swap is as far from the teacher
+    as sigmoid of `gate_init` allows, and is the exact part where nothing has left the window.
 
     In the state, memory_M is S, memory_n the number of tokens written, memory_z None; `own` holds step (beta)
     and log_decay of the local tokens, each `[B, G, (L + 1) S]` fp32.
     """
 
     has_memory = True
-    own_options = {"decay_init": 0.999, "step_init": 0.5}
+    own_options: ClassVar[dict[str, object]] = {"decay_init": 0.999, "step_init": 0.5}
 
     @classmethod
     def check(cls, options: AttentionConfig) -> None:
