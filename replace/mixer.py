@@ -9,8 +9,8 @@ All keys are kept without their position. For each block they are rotated inside
 origin moves so that no distance exceeds `distance_cap`; while everything lies inside the cap the distances
 are the true ones.
 
-The exact part attends as the teacher does: with its scaling, soft cap, learned sinks, dropout in training, and
-its own sliding window. A key of the window that lies beyond the teacher's is not seen there. Sinks, retained
+The exact part attends as the teacher does: with its scaling, soft cap, learned sinks, dropout in training,
+and its own sliding window. A key of the window that lies beyond the teacher's is not seen there. Sinks, retained
 pairs and memory reach further than the teacher's window on purpose: that is what they are for.
 """
 

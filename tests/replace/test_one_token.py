@@ -7,6 +7,9 @@ from torch._dynamo.testing import CompileCounter
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from replace import one_token
+from replace.attention.infini import Infini
+from replace.blocks import Blocks, Call
+from replace.cache import State
 from replace.config import AttentionConfig
 from replace.convert import SwapSpec, swap
 from replace.mixer import BlockMixer
@@ -39,7 +42,8 @@ def decode(model: PreTrainedModel, step, cache, mask: Tensor | None = None) -> T
 
 
 @pytest.mark.parametrize(
-    ("name", "layers"), [("infini", (1, 3)), ("linear", (0,)), ("sliding_window", (0, 1, 2, 3))]
+    ("name", "layers"),
+    [("infini", (1, 3)), ("gated_delta", (2,)), ("linear", (0,)), ("sliding_window", (0, 1, 2, 3))],
 )
 def test_a_compiled_step_is_compiled_once(name: str, layers: tuple[int, ...]) -> None:
     """One graph without a break for all steps, and the tokens of the plain model."""
@@ -67,7 +71,7 @@ def test_a_static_cache_keeps_its_tensors_in_place() -> None:
     assert int(cache.get_seq_length()) == 26
 
 
-@pytest.mark.parametrize("name", ["infini", "linear", "sliding_window"])
+@pytest.mark.parametrize("name", ["infini", "linear", "sliding_window", "gated_delta"])
 def test_the_short_way_is_taken_and_says_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All steps but those that fill a block; with left padding, where rows fill blocks at other steps."""
     model, taken = swapped(name, 0, 1, 2, 3), []
@@ -101,3 +105,19 @@ def test_a_conversation_goes_on_in_one_cache(name: str) -> None:
         ids = model.generate(ids, past_key_values=cache, use_cache=True, **settings)
         assert torch.equal(ids, want)
         ids = torch.cat([ids, IDS[:, : 3 + turn]], 1)
+
+
+def test_a_variant_that_says_nothing_of_steps_takes_none() -> None:
+    """Its own state would stay as it was; one that only joins the parts differently may step."""
+
+    class Remembers(Infini):
+        def next_state(self, blocks: Blocks) -> State:
+            return super().next_state(blocks)
+
+    class Joins(Infini):
+        def mix(self, blocks: Blocks, exact: Tensor, mass: Tensor | None, call: Call) -> Tensor:
+            return exact
+
+    assert one_token.knows_steps(Infini)
+    assert one_token.knows_steps(Joins)
+    assert not one_token.knows_steps(Remembers)
