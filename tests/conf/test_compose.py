@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from eval.plan import SETS
-from replace.compose import CONF, GROUPS, choices, compose, differences, load_config, normalise
+from replace.compose import CONF, GROUPS, choices, compose, differences, load_config, normalise, select
 from replace.config import Config, ModelConfig
 from replace.errors import UserError
 from replace.loading import check_model
@@ -149,6 +149,8 @@ def test_options_of_a_variant_s_own_need_no_plus(spelling: str, tmp_path: Path) 
     assert config.attention.own == {"decay_init": 0.9, "step_init": 0.5}
     validate(config, SMOLLM2)
     assert normalise([spelling]) == [f"++{OWN}=0.9"]
+    assert select(config, OWN) == 0.9
+    assert select(compose(["+exp=window"]), OWN) is None  # what a resumed run asks of another variant
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
     assert load_config(tmp_path, "resume") == config
 

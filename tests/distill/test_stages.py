@@ -161,6 +161,7 @@ def test_groups_have_their_own_rates_and_gates_do_not_decay():
     }
     assert kind_of("mixer.gate.beta") == "gate"
     assert kind_of("mixer.write_gate.weight") == "map"
+    assert {kind_of(f"mixer.{name}.bias") for name in ("step", "decay")} == {"map"}
     assert kind_of("q_proj.weight") == "projection"
 
 

@@ -42,7 +42,8 @@ def close(got: Tensor, want: Tensor, limit: float = 1e-10) -> None:
     """RMS of the difference within `limit` of the RMS of `want` (design 04)."""
     assert got.shape == want.shape
     assert got.isfinite().all()
-    error = (got - want).detach().square().mean().sqrt() / want.square().mean().sqrt().clamp_min(1e-12)
+    got, want = got.detach(), want.detach()
+    error = (got - want).square().mean().sqrt() / want.square().mean().sqrt().clamp_min(1e-12)
     assert float(error) <= limit, f"relative RMS error {float(error):.1e} above {limit:.0e}"
 
 
@@ -76,6 +77,12 @@ def test_split_and_resume(first: int, second: int, repeat: int, groups: int, mas
     if length:
         close(torch.cat(outputs, 1), whole)
     close(state, final)
+
+
+def test_compiles_as_one_graph() -> None:
+    leaves = tokens(130)
+    compiled = torch.compile(chunk.gated_delta_rule, backend="eager", fullgraph=True)
+    close(compiled(*leaves)[0], chunk.gated_delta_rule(*leaves)[0])
 
 
 def test_gradcheck() -> None:
