@@ -354,7 +354,8 @@ def _witnessed(module: AttentionModule, args: tuple, kwargs: dict) -> Tensor:
         raise UserError(f"{name} bypasses the attention interface, so it cannot be replaced.")
     query, mask, call = witness.seen
     before = kwargs.get("attention_mask")
-    if (mask is None) != (before is None) or (isinstance(mask, Tensor) and not torch.equal(mask, before)):
+    same = mask is before or (mask is not None and before is not None and torch.equal(mask, before))
+    if not same:
         raise UserError(f"{name} makes an attention mask of its own, so it cannot be replaced.")
     implementation = module.config._attn_implementation
     if call.softcap is not None and implementation == "sdpa":
@@ -381,8 +382,9 @@ def _rotary_of(
     plain = _witnessed(module, args, kwargs | {"position_embeddings": still})
     if torch.equal(plain, query):
         return None
-    spec = measure_rotary(function, *precise.get(id(tables[0]), tables), heads_of(module).dim)
-    back = unrotate(function, query, query, *tables, spec.width)[0]
+    cos, sin = precise.get(id(tables[0]), tables)
+    spec = measure_rotary(function, cos, sin, heads_of(module).dim)
+    back = unrotate(function, query, query, tables[0], tables[1], spec.width)[0]
     error = float((back - plain).abs().max() / plain.abs().max())
     limit = 1e-4 if query.dtype in (torch.float32, torch.float64) else 5e-2
     if not error < limit:

@@ -10,8 +10,8 @@ origin moves so that no distance exceeds `distance_cap`; while everything lies i
 are the true ones.
 
 The exact part attends as the teacher does: with its scaling, soft cap, learned sinks, dropout in training,
-and its own sliding window. A key of the window that lies beyond the teacher's is not seen there. Sinks, retained
-pairs and memory reach further than the teacher's window on purpose: that is what they are for.
+and its own sliding window. A key of the window that lies beyond the teacher's is not seen there. Sinks,
+retained pairs and memory reach further than the teacher's window on purpose: that is what they are for.
 """
 
 import math
@@ -30,7 +30,7 @@ from replace.cache import State
 from replace.config import AttentionConfig
 from replace.errors import bad_value
 from replace.layout import Layout, decode_layout, general_layout, plain_layout
-from replace.one_token import can_step, one_token
+from replace.one_token import can_step, knows_steps, one_token
 from replace.registry import Registry
 from replace.rotary import Rotary, RotarySpec
 from replace.scores import SCORES, LearnedScore
@@ -83,6 +83,7 @@ class BlockMixer(nn.Module):
         self.rotary = None if rotary is None else Rotary(rotary, 0 if cap is None else cap + 1)
         self.off: frozenset[str] = frozenset()
         self.calls = 0
+        self.knows_steps = knows_steps(type(self))
         self.clamped: Tensor | int = 0
         self.nonfinite: Tensor | int = 0
         self.score = SCORES.get(options.pairs_score)(heads) if options.pairs else None

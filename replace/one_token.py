@@ -4,11 +4,10 @@ What is left is softmax over the sinks, the retained pairs and the window, a rea
 key and value in the local part. The last token of a block takes the general way (`BlockMixer.forward`).
 """
 
-import functools
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels.exact_attention.chunk import exact_attention_with_mass
 from replace.blocks import Blocks, Call, grouped
@@ -33,15 +32,14 @@ def can_step(mixer: "BlockMixer", query: Tensor, call: Call) -> bool:
         query.shape[2] == 1
         and slot is not None
         and slot.state is not None
-        and knows_steps(type(mixer))
+        and mixer.knows_steps
         and not (mixer.off or call.dropout or torch.compiler.is_compiling())
         and (mixer.score is None or mixer.score.needs != "window")
         and slot.steps_to_go(mixer.block) > 1
     )
 
 
-@functools.cache
-def knows_steps(variant: type) -> bool:
+def knows_steps(variant: type[nn.Module]) -> bool:
     """Whether `step_state` is at least as special as the methods that make the state of a general call."""
     depth = {name: next(i for i, kind in enumerate(variant.__mro__) if name in vars(kind)) for name in STATE}
     return depth["step_state"] == min(depth.values())

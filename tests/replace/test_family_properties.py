@@ -251,7 +251,7 @@ def test_dropout_of_the_teacher_acts_in_training_only(family: str, name: str, gr
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @torch.no_grad()
 def test_dropout_leaves_the_shared_denominator_alone(softcap: float | None) -> None:
-    """Values of one: without dropout every output is one; with it only the exact part is thinned, unbiased."""
+    """Values of one: without dropout all outputs are one; with it the exact part alone is thinned."""
     mixer, (q, k, v, hidden) = mixer_of(name="linear", pairs=0), inputs(24)
     ones = torch.ones_like(v)
     torch.testing.assert_close(mixer(q, k, ones, Call(hidden, 0.4, softcap=softcap)), torch.ones_like(q))
