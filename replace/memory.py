@@ -21,7 +21,7 @@ from replace.blocks import Blocks, Call, Heads, grouped
 from replace.cache import State
 from replace.config import AttentionConfig
 from replace.errors import bad_value
-from replace.feature_maps import FEATURE_MAPS
+from replace.feature_maps import FEATURE_MAPS, check_feature_map
 from replace.mixer import BlockMixer
 from replace.registry import Registry
 from replace.rotary import RotarySpec
@@ -76,6 +76,15 @@ class MemoryMixer(BlockMixer):
         if by_recall and not cls.holds_retained and options.update != "linear":
             allowed = f"linear, where attention.pairs_score={options.pairs_score} under a shared denominator"
             raise bad_value("attention.update", options.update, allowed)
+
+    @classmethod
+    def check_heads(cls, options: AttentionConfig, head_dim: int) -> None:
+        """The feature map must be of use for heads of this width.
+
+        Raises:
+            UserError: it is not.
+        """
+        check_feature_map(options.feature_map, head_dim)
 
     def __init__(self, options: AttentionConfig, heads: Heads, rotary: RotarySpec | None) -> None:
         super().__init__(options, heads, rotary)

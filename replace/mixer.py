@@ -72,9 +72,14 @@ class BlockMixer(nn.Module):
                 f"{', '.join(others)}, where a variant has no memory",
             )
 
+    @classmethod
+    def check_heads(cls, options: AttentionConfig, head_dim: int) -> None:
+        """Refuse options that heads of this width rule out; here there are none."""
+
     def __init__(self, options: AttentionConfig, heads: Heads, rotary: RotarySpec | None) -> None:
         super().__init__()
         self.check(options)
+        self.check_heads(options, heads.dim)
         self.options = options
         self.heads = heads
         self.block = options.block

@@ -52,6 +52,7 @@ def validate(config: Config, facts: "ModelFacts | None" = None) -> None:
         f"a family whose attention can be captured, none of {', '.join(NOT_CAPTURED)}",
     )
     _check_layers(config.layers, facts.layers)
+    _check_heads(config, facts.head_dim)
     if _longest(config) > facts.max_position:
         longest = max(("stage1", "stage2", "stage3"), key=lambda name: getattr(config.budget, name).length)
         raise bad_value(
@@ -190,6 +191,16 @@ def _check_names(config: Config) -> None:
         others = ["keep", *(name for name in VARIANTS.names() if _takes(name, attention))]
         shared = f"since it shares attention.pairs_score={attention.pairs_score}, which needs a memory"
         raise bad_value("layers.rest", rest, f"{', '.join(others)}, {shared}")
+
+
+def _check_heads(config: Config, head_dim: int) -> None:
+    """What the width of the model's heads rules out."""
+    from replace.mixer import VARIANTS, BlockMixer
+
+    for name in (config.attention.name, config.layers.rest):
+        variant = None if name == "keep" else VARIANTS.get(name)
+        if variant is not None and issubclass(variant, BlockMixer):
+            variant.check_heads(config.attention, head_dim)
 
 
 def _takes(name: str, attention: AttentionConfig) -> bool:
