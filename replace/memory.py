@@ -12,6 +12,7 @@ from kernels.linear_memory.chunk import (
     Memory,
     count_dtype,
     read,
+    write_delta,
     write_delta_bounded,
     write_linear,
 )
@@ -29,6 +30,7 @@ from replace.scores import SCORES
 
 UPDATES: Registry = Registry("attention.update")
 UPDATES.register("linear")(write_linear)
+UPDATES.register("delta")(write_delta)
 UPDATES.register("delta_bounded")(write_delta_bounded)
 
 

@@ -90,6 +90,41 @@ def write_linear(
     return Memory(M.cumsum(2) / total[..., None, None], z.cumsum(2) / total[..., None], n), clamped
 
 
+def write_delta(
+    phi_k: Tensor, v: Tensor, weight: Tensor, initial: Memory, clamp: float
+) -> tuple[Memory, Tensor]:
+    """Prefix states of the delta update as published (Munkhdalai et al. 2024, eq. 5), for reproduction only.
+
+    With z and M as sums and phi the weighted features of the block:
+    r_t = phi_t M / (phi_t.z), 0 where the memory is empty; M' = M + sum phi_t^T (v_t - r_t); z' = z + sum phi_t.
+
+    Since z grows by the whole of phi where M grows by what was missing only, a pair written again and again is
+    read back as v, v/2, v/2, v/2: it settles at half of its value. `write_delta_bounded` does not.
+
+    Shapes as in `write_linear`; the blocks follow one another in a loop, because each reads what the one
+    before it wrote.
+    """
+    M, z, n = initial.M, initial.z, initial.n
+    states, clamped = [(M, z, n)], []
+    for block in range(phi_k.shape[2]):
+        phi, gate = phi_k[:, :, block], weight[:, :, block]
+        # M / z is the sums' own quotient, and a weight would be in both: neither n nor weight matters here.
+        reach = (phi @ z.unsqueeze(-1)) * (gate > 0).unsqueeze(-1)
+        held = reach > TINY
+        missing = v[:, :, block] - torch.where(held, phi @ M / torch.where(held, reach, 1), 0)
+        update, limited = block_updates(*(x.unsqueeze(2) for x in (phi, missing, gate)), clamp)
+        own, new_n = n.detach().to(M.dtype), n + update.n.squeeze(2).to(n.dtype)
+        added, total = update.n.squeeze(2).detach(), new_n.detach().to(M.dtype).clamp_min(TINY)
+        kept, part = (own / total)[..., None], (added / total)[..., None]
+        M = M * kept[..., None] + update.M.squeeze(2) * part[..., None]
+        z, n = z * kept + update.z.squeeze(2) * part, new_n
+        states.append((M, z, n))
+        clamped.append(limited.squeeze(2))
+    Ms, zs, ns = zip(*states, strict=True)
+    limits = torch.stack(clamped, 2) if clamped else n.new_zeros(*n.shape, 0, dtype=torch.bool)
+    return Memory(torch.stack(Ms, 2), torch.stack(zs, 2), torch.stack(ns, 2)), limits
+
+
 def write_delta_bounded(
     phi_k: Tensor, v: Tensor, weight: Tensor, initial: Memory, clamp: float
 ) -> tuple[Memory, Tensor]:

@@ -59,3 +59,21 @@ def delta_bounded(phi_k: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, Ten
             new_M = new_M + torch.outer(phi, min(1.0, reach / crowd) * (value - phi @ M / reach))
         M, z = new_M, new_z
     return M, z, n
+
+
+def delta(phi_k: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, float]:
+    """The delta update as published (eq. 5) of one sequence and head; shapes as in `delta_bounded`.
+
+    Returns:
+        M `[F, D]`, z `[F]` and n, the sum of the weights.
+    """
+    M, z, n = torch.zeros(phi_k.shape[-1], v.shape[-1], dtype=v.dtype), torch.zeros_like(phi_k[0, 0]), 0.0
+    for keys, values, gates in zip(phi_k, v, weight, strict=True):
+        new_M, new_z = M.clone(), z.clone()
+        for phi, value, w in zip(keys, values, gates, strict=True):
+            if w > 0:
+                seen = float(phi @ z)
+                new_M = new_M + torch.outer(w * phi, value - phi @ M / seen if seen else value)
+                new_z, n = new_z + w * phi, n + float(w)
+        M, z = new_M, new_z
+    return M, z, n

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from kernels.linear_memory.chunk import Memory, read, write_delta_bounded, write_linear
-from kernels.linear_memory.reference import delta_bounded, linear_memory
+from kernels.linear_memory.chunk import Memory, read, write_delta, write_delta_bounded, write_linear
+from kernels.linear_memory.reference import delta, delta_bounded, linear_memory
 
-WRITES = [write_linear, write_delta_bounded]
+WRITES = [write_linear, write_delta, write_delta_bounded]
 
 
 def tokens(
@@ -72,13 +72,14 @@ def test_chunks_equal_the_reference(length: int, block: int, lookback: int) -> N
 
 
 @pytest.mark.parametrize(("blocks", "size"), [(1, 1), (4, 3), (5, 1), (2, 7)])
-def test_delta_equals_the_reference(blocks: int, size: int) -> None:
+@pytest.mark.parametrize(("write", "reference"), [(write_delta, delta), (write_delta_bounded, delta_bounded)])
+def test_delta_equals_the_reference(blocks: int, size: int, write, reference) -> None:
     phi, v, weight = tokens(blocks, size)
-    states, _ = write_delta_bounded(phi, v, weight, empty(phi, v), 1e9)
+    states, _ = write(phi, v, weight, empty(phi, v), 1e9)
     last = entry(states, blocks)
     for b in range(phi.shape[0]):
         for g in range(phi.shape[1]):
-            M, z, n = delta_bounded(phi[b, g], v[b, g], weight[b, g])
+            M, z, n = reference(phi[b, g], v[b, g], weight[b, g])
             torch.testing.assert_close(last.M[b, g] * last.n[b, g], M, rtol=1e-9, atol=1e-9)
             torch.testing.assert_close(last.z[b, g] * last.n[b, g], z, rtol=1e-9, atol=1e-9)
             assert float(last.n[b, g]) == pytest.approx(n, rel=1e-9)
@@ -170,7 +171,17 @@ def test_a_linear_read_lies_within_the_values_and_ignores_the_scale_of_keys() ->
     close(answer(phi * 37), answer(phi))
 
 
-def test_a_repeated_pair_is_read_back_by_the_delta_rule() -> None:
+def test_a_repeated_pair_settles_at_half_by_the_published_delta_rule() -> None:
+    phi = torch.tensor([0.3, 1.0, 0.1, 2.0]).double().expand(1, 1, 6, 1, 4)
+    v = torch.tensor([1.0, -2.0, 0.5]).double().expand(1, 1, 6, 1, 3)
+    states, _ = write_delta(phi, v, torch.ones(1, 1, 6, 1).double(), empty(phi, v), 1e4)
+    for i, share in enumerate((1, 0.5, 0.5, 0.5, 0.5, 0.5), start=1):
+        held = entry(states, i)
+        got = (phi[0, 0, 0] @ held.M[0, 0]) / (phi[0, 0, 0] @ held.z[0, 0])
+        torch.testing.assert_close(got, share * v[0, 0, 0], rtol=1e-12, atol=0)
+
+
+def test_a_repeated_pair_is_read_back_by_the_bounded_delta_rule() -> None:
     phi = torch.tensor([0.3, 1.0, 0.1, 2.0]).double().expand(1, 1, 6, 1, 4)
     v = torch.tensor([1.0, -2.0, 0.5]).double().expand(1, 1, 6, 1, 3)
     states, _ = write_delta_bounded(phi, v, torch.ones(1, 1, 6, 1).double(), empty(phi, v), 1e4)

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 
 from kernels.exact_attention.reference import exact_keys, softmax_read
 from kernels.gated_delta_rule.reference import gated_delta_rule
-from kernels.linear_memory.reference import delta_bounded, linear_memory
+from kernels.linear_memory.reference import delta, delta_bounded, linear_memory
 from replace.cache import ReplacedCacheLayer, state_bytes
 from replace.config import AttentionConfig
 from replace.convert import SwapSpec, mixers, swap
@@ -47,6 +47,7 @@ CASES: dict[str, tuple[str, dict]] = {
     "infini-rotary": ("phi3", {"name": "infini", "rotary": True, "local": "segment", "sinks": 1}),
     "infini-neox": ("gpt_neox", {"name": "infini", "window": 8, "block": 8, "write_gate": "none"}),
     "delta": ("llama", {"name": "infini", "update": "delta_bounded", "gate": "token"}),
+    "delta-published": ("llama", {"name": "infini", "update": "delta", "pairs": 0, "feature_map": "elu"}),
     "delta-paper": ("qwen3", {"name": "infini", "update": "delta_bounded", **SEGMENT, "feature_map": "elu"}),
     "linear": ("llama", {"name": "linear", "pairs_score": "learned", "distance_cap": 16}),
     "linear-plain": ("phi3", {"name": "linear", "pairs": 0, "feature_map": "elu", "write_gate": "none"}),
@@ -263,10 +264,9 @@ def oracle(
             stored = [j for j in stored if (g, j) != absent]
             if options.name == "infini" and left > 0 and stored:
                 answer = reads[0, t, h]
-                if options.update == "delta_bounded":
-                    M, z, _ = delta_bounded(
-                        *(x[0, g, :left].unflatten(0, (-1, size)) for x in (phi_k, v, weight))
-                    )
+                if options.update != "linear":
+                    write = {"delta": delta, "delta_bounded": delta_bounded}[options.update]
+                    M, z, _ = write(*(x[0, g, :left].unflatten(0, (-1, size)) for x in (phi_k, v, weight)))
                     answer = phi_q[0, h, t] @ M / (phi_q[0, h, t] @ z)
                 gate = mixer.gate(hidden)[0, h, t]
                 local = gate * answer + (1 - gate) * local
