@@ -63,6 +63,7 @@ class Blocks:
         state: the state before the call, or None.
         score, weight: `[Q, G, W]` fp32 or None.
         selection: the retained pairs before each block, or None.
+        phi_q: `[Q, G, N, R S, F]` the queries' features, where the variant has a memory.
         pool_k, pool_v: `[Q, G, K + N S, D]`, what its indices point into.
         written: the memory before each block and after the last, where the variant has one.
         own: whatever else a variant computes once and needs again in the same call, by name.
@@ -83,6 +84,7 @@ class Blocks:
     pool_k: Tensor | None = None
     pool_v: Tensor | None = None
     written: Memory | None = None
+    phi_q: Tensor | None = None
     own: dict[str, Tensor] = field(default_factory=dict)
     step: bool = False
 

@@ -28,8 +28,9 @@ class AttentionConfig:
     """One attention variant and its options; see `replace/attention/` for the equations.
 
     `window` counts the exact tokens before a query's own block and is a multiple of `block`; `local: segment`
-    has none. `scale` multiplies q and k before a feature map; None stands for the root of the teacher's
-    softmax scale. `own` holds options that only this variant has, by name (`attention.own.<name>=...`).
+    has none, and `local: none` (of `linear`) has not even the own block. `scale` multiplies q and k before a
+    feature map; None stands for the root of the teacher's softmax scale. `own` holds options that only this
+    variant has, by name (`attention.own.<name>=...`).
     """
 
     name: str = "infini"

@@ -1,7 +1,7 @@
 """Feature maps phi: q or k `[B, H, T, D]` -> `[B, H, T, F]` in fp32; phi(q).phi(k) is a weight, at least 0.
 
-A map is a subclass of `FeatureMap` in the registry. It is given q and k times the root of the teacher's softmax
-scale (or `attention.scale`), so that q.k is the teacher's logit, up to positions.
+A map is a subclass of `FeatureMap` in the registry. It is given q and k times the root of the teacher's
+softmax scale (or `attention.scale`), so that q.k is the teacher's logit, up to positions.
 """
 
 from typing import ClassVar
@@ -98,9 +98,9 @@ class LearnedReLU(FeatureMap):
 
     W starts as [I, -I] / sqrt(2) and b as 1 / sqrt(2 D). So of the two features of a dimension one is always
     open, and no token has an empty feature vector; and where none is shut phi(q).phi(k) = 1 + q.k, the first
-    order of exp(q.k). Untrained, it therefore weighs like softmax where logits are small, hardly selects where
-    they are large, and gives 0 to a key that opposes the query in every dimension. Training may shut features
-    for good; a query without an open one reads an empty memory.
+    order of exp(q.k). Untrained, it therefore weighs like softmax where logits are small, hardly selects
+    where they are large, and gives 0 to a key that opposes the query in every dimension. Training may shut
+    features for good; a query without an open one reads an empty memory.
     """
 
     learned = True
@@ -126,8 +126,8 @@ class LearnedReLU(FeatureMap):
 class Taylor(FeatureMap):
     """phi(q).phi(k) = 1 + q.k + (q.k)^2 / 2, the second order of exp (Keles et al. 2023; Arora et al. 2024).
 
-    The weight is ((1 + q.k)^2 + 1) / 2, at least 1/2 whatever the logit, up to rounding, which in fp32 is 1e-7
-    of (|q| |k|)^2. Nothing is learned: it is near softmax for logits within 1 of 0, a parabola beyond, and so
+    The weight is ((1 + q.k)^2 + 1) / 2, at least 1/2 whatever the logit, up to rounding, which in fp32 is
+    1e-7 of (|q| |k|)^2. Nothing is learned: it is near softmax for logits within 1 of 0, a parabola beyond, and so
     large for very negative logits as well. Features may be negative, their products are not.
     """
 

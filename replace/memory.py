@@ -128,6 +128,7 @@ class MemoryMixer(BlockMixer):
             before = self._write_all(blocks, call)
         own = blocks.layout.positions()[:, None, -blocks.q.shape[2] :]
         phi_q = grouped(self.map_q(self._scaled(blocks.q, own, call)), self.heads, blocks.layout.block)
+        blocks.phi_q = phi_q
         numerator, denominator = read(phi_q, before)
         return numerator, denominator, before.n.to(numerator.dtype).detach()[..., None, None]
 
@@ -157,14 +158,17 @@ class MemoryMixer(BlockMixer):
             phi(k) `[Q, G, N, S, F]`; `[Q, G, N, S]` bool, False where a token was too large to be written;
             the state before each block and after the last; `[Q, G, N]` bool, the limited updates.
         """
-        phi_k = self.map_k(self._scaled(k.flatten(2, 3), positions.flatten(2, 3), call)).unflatten(
-            2, k.shape[2:4]
-        )
-        v = wide(v)
-        fits = torch.maximum(phi_k.detach().abs().amax(-1), v.detach().abs().amax(-1)) < LARGEST
-        phi_k, weight = torch.where(fits.unsqueeze(-1), phi_k, 0), torch.where(fits, weight, 0)
-        states, clamped = self.write(phi_k, v, weight, initial, self.options.clamp)
+        phi_k, fits = self._key_features(k, v, positions, call)
+        weight = torch.where(fits, weight, 0)
+        states, clamped = self.write(phi_k, wide(v), weight, initial, self.options.clamp)
         return phi_k, fits, states, clamped
+
+    def _key_features(self, k: Tensor, v: Tensor, positions: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        """phi(k) `[Q, G, N, S, F]`, 0 for tokens too large to be written; bool `[Q, G, N, S]`, the others."""
+        phi_k = self.map_k(self._scaled(k.flatten(2, 3), positions.flatten(2, 3), call))
+        phi_k = phi_k.unflatten(2, k.shape[2:4])
+        fits = torch.maximum(phi_k.detach().abs().amax(-1), wide(v).detach().abs().amax(-1)) < LARGEST
+        return torch.where(fits.unsqueeze(-1), phi_k, 0), fits
 
     @torch.no_grad()
     def scores(self, blocks: Blocks, key: Tensor, value: Tensor, call: Call) -> Tensor:

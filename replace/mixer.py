@@ -55,15 +55,25 @@ class BlockMixer(nn.Module):
     type, and None stands for any plain value.
     """
 
+    local_parts: ClassVar[tuple[str, ...]] = ("segment", "sliding_window")
+    """The values of `attention.local` that make sense here."""
+
     @classmethod
     def check(cls, options: AttentionConfig) -> None:
         """Refuse options that do not go together in this variant.
 
         Raises:
-            UserError: the score of the retained pairs asks for a memory that the variant has not, or an
-                option of `own_options` is unknown or of another type.
+            UserError: the variant has no such local part, the score of the retained pairs asks for a memory
+                or a window that it has not, or an option of `own_options` is unknown or of another type.
         """
         check_own(options.own, cls.own_options)
+        if options.local not in cls.local_parts:
+            allowed = f"{', '.join(cls.local_parts)}, where attention.name={options.name}"
+            raise bad_value("attention.local", options.local, allowed)
+        if options.pairs and options.local == "none" and SCORES.get(options.pairs_score).needs == "window":
+            others = [name for name in SCORES.names() if SCORES.get(name).needs != "window"]
+            allowed = f"{', '.join(others)}, where attention.local=none"
+            raise bad_value("attention.pairs_score", options.pairs_score, allowed)
         if options.pairs and SCORES.get(options.pairs_score).needs == "memory" and not cls.has_memory:
             others = [name for name in SCORES.names() if SCORES.get(name).needs != "memory"]
             raise bad_value(
@@ -83,7 +93,7 @@ class BlockMixer(nn.Module):
         self.options = options
         self.heads = heads
         self.block = options.block
-        self.lookback = 0 if options.local == "segment" else options.window // options.block
+        self.lookback = options.window // options.block if options.local == "sliding_window" else 0
         cap = options.distance_cap
         self.rotary = None if rotary is None else Rotary(rotary, 0 if cap is None else cap + 1)
         self.off: frozenset[str] = frozenset()
@@ -252,12 +262,15 @@ class BlockMixer(nn.Module):
 
     def attend_exactly(self, blocks: Blocks, call: Call) -> tuple[Tensor, Tensor | None]:
         """Softmax over sinks, pairs and window `[Q, G, N, R S, D]`, and its log-denominator or None."""
-        parts = [*self._sink_part(blocks), *self._pair_part(blocks), self._window_part(blocks, call)]
-        q, k, v, mask = self._in_frame(blocks, parts)
+        q, k, v, mask = self._in_frame(blocks, self.exact_parts(blocks, call))
         if not (self.needs_mass or call.softcap is not None or call.sink_logit is not None):
             return exact_attention(q, k, v, mask, call.scaling, call.dropout), None
         sink_logit = self._sink_logit(call)
         return exact_attention_with_mass(q, k, v, mask, call.scaling, call.dropout, call.softcap, sink_logit)
+
+    def exact_parts(self, blocks: Blocks, call: Call) -> list[Part]:
+        """What softmax runs over; at least one part, though a query may see nothing of it."""
+        return [*self._sink_part(blocks), *self._pair_part(blocks), self._window_part(blocks, call)]
 
     def _sink_part(self, blocks: Blocks) -> list[Part]:
         """The first tokens, once they are older than a block's window."""
@@ -266,10 +279,13 @@ class BlockMixer(nn.Module):
         k, v, bad = (x.unsqueeze(2) for x in self._sinks(blocks))
         count, place = blocks.layout.blocks, torch.arange(self.options.sinks, device=k.device)
         start = self._window_start(blocks)
-        old = (place < start.unsqueeze(-1))[:, None, :, None]
         position = place.expand(*start.shape, -1).unsqueeze(1)
         k, v = k.expand(-1, -1, count, -1, -1), v.expand(-1, -1, count, -1, -1)
-        return [Part(k, v, position, old & ~bad.unsqueeze(3))]
+        return [Part(k, v, position, self._sinks_seen(blocks, place) & ~bad.unsqueeze(3))]
+
+    def _sinks_seen(self, blocks: Blocks, place: Tensor) -> Tensor:
+        """`[Q, 1, N, 1 or S, n]` bool: which of the sinks at positions `place [n]` are in the sink part."""
+        return (place < self._window_start(blocks).unsqueeze(-1))[:, None, :, None]
 
     def _pair_part(self, blocks: Blocks) -> list[Part]:
         """The pairs that are held before each block."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from replace.loading import ModelFacts
 
 SELECTS = ("all", "every", "first", "last", "list", "retrieval")
-LOCALS = ("segment", "sliding_window")
+LOCALS = ("segment", "sliding_window", "none")
 GATES = ("head", "token")
 WRITE_GATES = ("none", "token")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
@@ -53,6 +53,7 @@ def validate(config: Config, facts: "ModelFacts | None" = None) -> None:
     )
     _check_layers(config.layers, facts.layers)
     _check_heads(config, facts.head_dim)
+    _check_window(config.attention, facts.max_position)
     if _longest(config) > facts.max_position:
         longest = max(("stage1", "stage2", "stage3"), key=lambda name: getattr(config.budget, name).length)
         raise bad_value(
@@ -142,21 +143,20 @@ def _check_attention(attention: AttentionConfig) -> None:
     _one_of("attention.write_gate", attention.write_gate, WRITE_GATES)
     block, window = attention.block, attention.window
     _require(block >= 1, "attention.block", block, "a whole number of at least 1")
-    _require(
-        window >= 0 and window % block == 0,
-        "attention.window",
-        window,
-        f"a multiple of attention.block={block}, or 0",
-    )
-    _require(
-        window == 0 or attention.local != "segment",
-        *("attention.window", window, "0, since attention.local=segment has no window"),
-    )
+    if attention.local == "sliding_window":
+        _require(
+            window >= block and window % block == 0,
+            *("attention.window", window),
+            f"a multiple of attention.block={block} above 0 (attention.local=segment has no window)",
+        )
+    else:
+        allowed = f"0, since attention.local={attention.local} has no window"
+        _require(window == 0, "attention.window", window, allowed)
     _require(
         0 <= attention.sinks <= block, "attention.sinks", attention.sinks, f"0 to attention.block={block}"
     )
     _require(attention.pairs >= 0, "attention.pairs", attention.pairs, "0 or more")
-    exact = block + (window if attention.local == "sliding_window" else 0)
+    exact = block + window
     if attention.distance_cap is not None:
         _require(
             attention.distance_cap >= exact,
@@ -187,10 +187,20 @@ def _check_names(config: Config) -> None:
         variant.check(attention)
     else:
         check_own(attention.own, getattr(variant, "own_options", {}))
-    if rest != "keep" and not _takes(rest, attention):
-        others = ["keep", *(name for name in VARIANTS.names() if _takes(name, attention))]
-        shared = f"since it shares attention.pairs_score={attention.pairs_score}, which needs a memory"
-        raise bad_value("layers.rest", rest, f"{', '.join(others)}, {shared}")
+    refusal = None if rest == "keep" else _refusal(rest, attention)
+    if refusal is not None:
+        others = [name for name in VARIANTS.names() if _refusal(name, attention) is None]
+        shared = f"since all layers share the options of attention, and with {rest} {refusal.rstrip('.')}"
+        raise bad_value("layers.rest", rest, f"keep, {', '.join(others)}, {shared}")
+
+
+def _check_window(attention: AttentionConfig, positions: int) -> None:
+    """Softmax over a window and the own block stays within the distances that the model was made for."""
+    if attention.local != "none":
+        block = attention.block
+        _require(block <= positions, "attention.block", block, f"at most {positions}, the model's positions")
+        allowed = f"at most {positions - block}: the model's {positions} positions less attention.block"
+        _require(attention.window + block <= positions, "attention.window", attention.window, allowed)
 
 
 def _check_heads(config: Config, head_dim: int) -> None:
@@ -203,17 +213,17 @@ def _check_heads(config: Config, head_dim: int) -> None:
             variant.check_heads(config.attention, head_dim)
 
 
-def _takes(name: str, attention: AttentionConfig) -> bool:
-    """Whether the variant `name` can share these options."""
+def _refusal(name: str, attention: AttentionConfig) -> str | None:
+    """Why these options do not go together in the variant `name`, or None where they do."""
     from replace.mixer import VARIANTS, BlockMixer
 
     variant = VARIANTS.get(name)
     if issubclass(variant, BlockMixer):
         try:
             variant.check(attention.shared_with(name))
-        except UserError:
-            return False
-    return True
+        except UserError as error:
+            return str(error)
+    return None
 
 
 def _check_layers(layers: LayersConfig, count: int) -> None:

@@ -50,6 +50,8 @@ def exact_weights(
 ) -> tuple[Tensor, Tensor]:
     """The softmax itself `[B, G, N, Q, K]` and the logarithm of its denominator `[B, G, N, Q, 1]`, both fp32.
 
+    A query that sees no key at all has weights 0 and the logarithm -inf, without NaN in forward or backward.
+
     Args:
         q, k, mask, scaling: as in `exact_attention`.
         softcap: logits become softcap * tanh(logits / softcap).
@@ -62,8 +64,13 @@ def exact_weights(
     logits = logits.flatten(3, 4)
     if sink_logit is not None:
         logits = torch.cat([logits, wide(sink_logit).expand(*logits.shape[:-1], 1)], dim=-1)
-    mass = torch.logsumexp(logits, dim=-1, keepdim=True)
-    return torch.exp(logits - mass)[..., : k.shape[-2]], mass
+    top = logits.detach().amax(-1, keepdim=True)
+    weights = torch.exp(logits - torch.where(top == -torch.inf, 0, top))
+    total = weights.sum(-1, keepdim=True)
+    empty = total == 0
+    total = torch.where(empty, 1, total)
+    mass = torch.where(empty, -torch.inf, total.log() + top)
+    return weights[..., : k.shape[-2]] / total, mass
 
 
 def exact_attention_with_mass(

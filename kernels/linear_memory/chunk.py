@@ -96,10 +96,11 @@ def write_delta(
     """Prefix states of the delta update as published (Munkhdalai et al. 2024, eq. 5), for reproduction only.
 
     With z and M as sums and phi the weighted features of the block:
-    r_t = phi_t M / (phi_t.z), 0 where the memory is empty; M' = M + sum phi_t^T (v_t - r_t); z' = z + sum phi_t.
+    r_t = phi_t M / (phi_t.z), 0 where the memory is empty;
+    M' = M + sum phi_t^T (v_t - r_t); z' = z + sum phi_t.
 
-    Since z grows by the whole of phi where M grows by what was missing only, a pair written again and again is
-    read back as v, v/2, v/2, v/2: it settles at half of its value. `write_delta_bounded` does not.
+    Since z grows by the whole of phi where M grows by what was missing only, a pair written again and again
+    is read back as v, v/2, v/2, v/2: it settles at half of its value. `write_delta_bounded` does not.
 
     Shapes as in `write_linear`; the blocks follow one another in a loop, because each reads what the one
     before it wrote.

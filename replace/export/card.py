@@ -78,6 +78,6 @@ def _rows(spec: SwapSpec) -> list[str]:
 
 def _words(options: AttentionConfig) -> str:
     """The variant and its sizes; everything else is in config.json."""
-    reach = "own block only" if options.local == "segment" else f"window {options.window}"
+    reach = {"segment": "own block only", "none": "no window"}.get(options.local, f"window {options.window}")
     pairs = f", {options.pairs} retained pairs ({options.pairs_score})" if options.pairs else ""
     return f"`{options.name}`: blocks of {options.block}, {reach}, {options.sinks} sinks{pairs}"

@@ -1,4 +1,4 @@
-"""Feature maps by themselves: what their weights are, how they start, and which heads they are refused for."""
+"""Feature maps by themselves: their weights, how they start, and for which heads they are refused."""
 
 import dataclasses
 
