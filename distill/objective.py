@@ -9,13 +9,20 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from replace.errors import bad_value
+from replace.observe import Attending
 
 CHUNK = 256
 """Tokens whose logits exist at once."""
 
+QUERIES = 128
+"""Queries whose attention weights exist at once."""
+
+FLOOR = 1e-20
+"""Of a feature weight: a ReLU may give exactly 0, whose logarithm has no gradient."""
+
 
 def transfer_loss(kind: str, student: Tensor, teacher: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The loss of one layer's attention output against the teacher's.
+    """The loss of one layer's attention output against the teacher's; for its weights see `weights_loss`.
 
     Args:
         kind: mse, huber or cosine. Cosine looks at directions only: magnitude is lost, a last resort.
@@ -41,6 +48,43 @@ def transfer_loss(kind: str, student: Tensor, teacher: Tensor, real: Tensor | No
     else:
         raise bad_value("stage.transfer_loss", kind, ["mse", "huber", "cosine"])
     return raw / t.var().clamp_min(1e-12), raw.detach()
+
+
+def weights_loss(phi_q: Tensor, phi_k: Tensor, attending: Attending) -> Tensor:
+    """Cross-entropy of the normalised feature weights against the teacher's softmax (Zhang et al. 2024).
+
+    A query's weights are phi(q).phi(k) over their sum, over itself and all keys before it. They are made
+    chunk by chunk and made again in the backward, so nothing of size T x T is held.
+
+    Args:
+        phi_q: `[B, H, T, F]`; phi_k: `[B, G, T, F]`; the gradient goes to these.
+        attending: what the teacher's attention was given.
+
+    Returns:
+        the mean over real queries and heads, in nats.
+    """
+    heads, length = phi_q.shape[1:3]
+    groups = phi_k.shape[1]
+    real = attending.real()
+
+    def part(student_q: Tensor, student_k: Tensor, real: Tensor) -> Tensor:
+        size, stop = student_q.shape[2], student_k.shape[2]
+        own = torch.arange(stop - size, stop, device=real.device).unsqueeze(-1)
+        seen = (torch.arange(stop, device=real.device) <= own) & real[:, None]  # [B, c, stop]
+        with torch.no_grad():
+            target = attending.log_weights(stop - size, stop).exp()  # [B, G, R, c, stop]
+        weights = student_q.unflatten(1, (groups, -1)) @ student_k.unsqueeze(2).transpose(-1, -2)
+        weights = torch.where(seen[:, None, None], weights, 0)
+        log = weights.clamp_min(FLOOR).log() - weights.sum(-1, keepdim=True).clamp_min(FLOOR).log()
+        loss = -(target * log).sum(-1)  # [B, G, R, c]
+        return (loss * real[:, None, None, -size:]).sum()
+
+    total = torch.zeros((), dtype=phi_q.dtype, device=phi_q.device)
+    for start in range(0, length, QUERIES):
+        known = slice(0, start + QUERIES)
+        arguments = (phi_q[:, :, start : start + QUERIES], phi_k[:, :, known], real[:, known])
+        total = total + checkpoint(part, *arguments, use_reentrant=False)
+    return total / (heads * real.sum().clamp_min(1))
 
 
 def score_loss(score: Tensor, later: Tensor, keep: int, sinks: int) -> Tensor:

@@ -3,8 +3,9 @@
 Stage 1 (transfer) is local: while the teacher's own attention runs, each replaced layer is given the
 teacher's input and learns the teacher's output, and its backward ends before the next layer begins. There is
 no graph through the model, no second model, and nothing above the last replaced layer is computed. Beside it,
-where pairs are retained, their scores learn the teacher's later attention. Stages 2 and 3 train in place, on
-the language model's objective.
+where pairs are retained, their scores learn the teacher's later attention. With
+`stage.transfer_loss=attention_weights` the feature maps alone learn instead, and not the teacher's output but
+its attention weights. Stages 2 and 3 train in place, on the language model's objective.
 """
 
 import logging
@@ -17,12 +18,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from distill.data import Batch
-from distill.objective import language_loss, score_loss, transfer_loss
+from distill.objective import language_loss, score_loss, transfer_loss, weights_loss
 from replace.config import Config
 from replace.convert import at_rest, attention_layers, conversion_of, teacher_attention
 from replace.errors import UserError
 from replace.layer import AttentionModule, ReplacedAttention
+from replace.memory import MemoryMixer
 from replace.observe import Attending, later_attention, observe
+from replace.rotary import family_rotation, unrotate
 
 logger = logging.getLogger(__name__)
 
@@ -104,10 +107,11 @@ def transfer_stage(model: PreTrainedModel, config: Config) -> Stage:
     stage = config.stage
     if stage.transfer_loss == "cosine":
         logger.warning("stage.transfer_loss=cosine looks at directions only: the outputs' magnitude is lost")
+    by_weights = stage.transfer_loss == "attention_weights"
     rates = {
-        "projection": stage.lr_projection1,
+        "projection": 0.0 if by_weights else stage.lr_projection1,
         "map": stage.lr_map1,
-        "gate": stage.lr_gate,
+        "gate": 0.0 if by_weights else stage.lr_gate,
         "score": stage.lr_score,
     }
     groups, names = local_groups(model, rates, stage.weight_decay)
@@ -121,15 +125,25 @@ def transfer_stage(model: PreTrainedModel, config: Config) -> Stage:
         for index, layer in layers.items()
         if any(p.requires_grad for n, p in layer.named_parameters() if kind_of(n) != "score")
     }
+    if by_weights:
+        learning = {index for index in learning if learns_map(layers[index])}
+        if not learning:
+            raise UserError(
+                "stage.transfer_loss='attention_weights' is not possible, since no replaced layer has a "
+                "feature map that learns; allowed: mse, huber, cosine."
+            )
     scored = sum(bool(getattr(layer.mixer, "learns_score", False)) for layer in layers.values())
 
     def step(batch: Batch, scale: float) -> StepResult:
         raw: dict[int, float] = {}
         losses: dict[str, float] = {"loss": 0.0, "transfer": 0.0, "score": 0.0}
         later: dict[int, Tensor] = {}
+        seen: dict[int, Attending] = {}
 
         def look(module: AttentionModule, attending: Attending) -> None:
             mixer = layers[module.layer_idx].mixer
+            if by_weights and module.layer_idx in learning:
+                seen[module.layer_idx] = attending
             if getattr(mixer, "learns_score", False):
                 gap = (mixer.lookback + 1) * mixer.block
                 later[module.layer_idx] = later_attention(attending, gap)
@@ -141,7 +155,13 @@ def transfer_stage(model: PreTrainedModel, config: Config) -> Stage:
             given = {k: v.detach() if isinstance(v, Tensor) else v for k, v in kwargs.items()}
             with torch.enable_grad():
                 total = torch.zeros((), device=target.device)
-                if index in learning:
+                if index in seen:
+                    tables = kwargs.get("position_embeddings")
+                    with torch.autocast(target.device.type, enabled=False):
+                        total = map_loss(module, layer.mixer, seen.pop(index), tables)
+                    raw[index] = float(total.detach())
+                    losses["transfer"] += raw[index] / len(learning)
+                elif index in learning:
                     answer = layer(*args, **given)[0]
                     total, unscaled = transfer_loss(stage.transfer_loss, answer, target, batch.padding)
                     losses["transfer"] += float(total.detach()) / len(learning)
@@ -172,6 +192,35 @@ def transfer_stage(model: PreTrainedModel, config: Config) -> Stage:
         return losses | {f"layer_{i}": value for i, value in raw.items()}
 
     return Stage(1, groups, step, names)
+
+
+def learns_map(layer: AttentionModule) -> bool:
+    """Whether a replaced layer has feature maps that the teacher's attention weights can teach."""
+    mixer = layer.mixer
+    return isinstance(mixer, MemoryMixer) and mixer.learns_map(mixer.options)
+
+
+def map_loss(
+    module: AttentionModule,
+    mixer: MemoryMixer,
+    attending: Attending,
+    tables: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """`weights_loss` of a layer's feature maps on the teacher's own queries and keys.
+
+    Args:
+        module: the teacher's attention.
+        attending: what its attention function was given.
+        tables: the family's cos and sin, or None where it rotates nothing.
+    """
+    query, key = attending.query, attending.key
+    if tables is not None and mixer.rotary is not None:
+        cos, sin = tables
+        query, key = unrotate(family_rotation(module), query, key, cos, sin, mixer.rotary.spec.width)
+    real = attending.real()
+    place = (real.long().cumsum(1) - 1).clamp_min(0)
+    features = mixer.features_of(query.detach(), key.detach(), place, attending.scaling)
+    return weights_loss(*features, attending)
 
 
 def language_stage(

@@ -127,8 +127,8 @@ class Taylor(FeatureMap):
     """phi(q).phi(k) = 1 + q.k + (q.k)^2 / 2, the second order of exp (Keles et al. 2023; Arora et al. 2024).
 
     The weight is ((1 + q.k)^2 + 1) / 2, at least 1/2 whatever the logit, up to rounding, which in fp32 is
-    1e-7 of (|q| |k|)^2. Nothing is learned: it is near softmax for logits within 1 of 0, a parabola beyond, and so
-    large for very negative logits as well. Features may be negative, their products are not.
+    1e-7 of (|q| |k|)^2. Nothing is learned: it is near softmax for logits within 1 of 0, a parabola beyond,
+    and so large for very negative logits as well. Features may be negative, a weight is not.
     """
 
     largest_head_dim = 64

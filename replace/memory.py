@@ -88,6 +88,11 @@ class MemoryMixer(BlockMixer):
         """
         check_feature_map(options.feature_map, head_dim)
 
+    @classmethod
+    def learns_map(cls, options: AttentionConfig) -> bool:
+        """Whether the feature map has weights."""
+        return FEATURE_MAPS.get(options.feature_map).learned
+
     def __init__(self, options: AttentionConfig, heads: Heads, rotary: RotarySpec | None) -> None:
         super().__init__(options, heads, rotary)
         feature_map = FEATURE_MAPS.get(options.feature_map)
@@ -108,11 +113,24 @@ class MemoryMixer(BlockMixer):
             blocks.weight = self._with_past(blocks.layout, weight, past)
         return blocks
 
-    def _scaled(self, x: Tensor, positions: Tensor, call: Call) -> Tensor:
+    def features_of(
+        self, query: Tensor, key: Tensor, positions: Tensor, scaling: float
+    ) -> tuple[Tensor, Tensor]:
+        """phi(q) `[B, H, T, F]` and phi(k) `[B, G, T, F]`, as the memory has them.
+
+        Args:
+            query: `[B, H, T, D]`; key: `[B, G, T, D]`, without position.
+            positions: `[B, T]` int64.
+            scaling: the teacher's softmax scale.
+        """
+        place = positions.unsqueeze(1)
+        return self.map_q(self._scaled(query, place, scaling)), self.map_k(self._scaled(key, place, scaling))
+
+    def _scaled(self, x: Tensor, positions: Tensor, scaling: float) -> Tensor:
         """What a feature map is given: `x [Q, X, P, D]` scaled, and rotated where the recipe asks for it."""
         if self.options.rotary and self.rotary is not None:
             x = self.rotary(x, positions, absolute=True)
-        scale = self.options.scale if self.options.scale is not None else call.scaling**0.5
+        scale = self.options.scale if self.options.scale is not None else scaling**0.5
         return wide(x) * scale
 
     def remember(self, blocks: Blocks, call: Call) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,7 +145,9 @@ class MemoryMixer(BlockMixer):
         else:
             before = self._write_all(blocks, call)
         own = blocks.layout.positions()[:, None, -blocks.q.shape[2] :]
-        phi_q = grouped(self.map_q(self._scaled(blocks.q, own, call)), self.heads, blocks.layout.block)
+        phi_q = grouped(
+            self.map_q(self._scaled(blocks.q, own, call.scaling)), self.heads, blocks.layout.block
+        )
         blocks.phi_q = phi_q
         numerator, denominator = read(phi_q, before)
         return numerator, denominator, before.n.to(numerator.dtype).detach()[..., None, None]
@@ -165,7 +185,7 @@ class MemoryMixer(BlockMixer):
 
     def _key_features(self, k: Tensor, v: Tensor, positions: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         """phi(k) `[Q, G, N, S, F]`, 0 for tokens too large to be written; bool `[Q, G, N, S]`, the others."""
-        phi_k = self.map_k(self._scaled(k.flatten(2, 3), positions.flatten(2, 3), call))
+        phi_k = self.map_k(self._scaled(k.flatten(2, 3), positions.flatten(2, 3), call.scaling))
         phi_k = phi_k.unflatten(2, k.shape[2:4])
         fits = torch.maximum(phi_k.detach().abs().amax(-1), wide(v).detach().abs().amax(-1)) < LARGEST
         return torch.where(fits.unsqueeze(-1), phi_k, 0), fits

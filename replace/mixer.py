@@ -86,6 +86,11 @@ class BlockMixer(nn.Module):
     def check_heads(cls, options: AttentionConfig, head_dim: int) -> None:
         """Refuse options that heads of this width rule out; here there are none."""
 
+    @classmethod
+    def learns_map(cls, options: AttentionConfig) -> bool:
+        """Whether there are feature maps that can be taught the teacher's attention weights."""
+        return False
+
     def __init__(self, options: AttentionConfig, heads: Heads, rotary: RotarySpec | None) -> None:
         super().__init__()
         self.check(options)

@@ -39,31 +39,39 @@ class Attending:
     sliding_window: int | None = None
     sink_logit: Tensor | None = None
 
+    def real(self) -> Tensor:
+        """`[B, T]` bool, False for pads."""
+        batch, _, length, _ = self.query.shape
+        real = real_tokens(self.mask, length)
+        return torch.ones(batch, length, dtype=torch.bool, device=self.query.device) if real is None else real
+
+    @torch.no_grad()
     def log_weights(self, start: int, stop: int) -> Tensor:
         """Logarithms of the attention of the queries start .. stop - 1, `[B, G, R, stop - start, stop]` fp32.
 
         -inf for keys that are not seen, which are all keys for pads.
         """
-        groups, length = self.key.shape[1], self.query.shape[2]
+        groups = self.key.shape[1]
         grouped = self.query.unflatten(1, (groups, -1))[:, :, :, start:stop]
-        logits = wide(grouped @ self.key[:, :, None, :stop].transpose(-1, -2)) * self.scaling
+        logits = wide(grouped @ self.key[:, :, None, :stop].transpose(-1, -2)).mul_(self.scaling)
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         place = torch.arange(stop, device=logits.device)
         own = place[start:].unsqueeze(-1)
-        seen = place <= own
-        if self.sliding_window is not None:
-            seen = seen & (own - place < self.sliding_window)
-        if self.mask is not None:
-            real = real_tokens(self.mask, length)
-            assert real is not None
-            allowed = visible(self.mask[:, 0, start:stop, :stop]) & real[:, start:stop, None]
-            seen = (seen & allowed)[:, None, None]
-        logits = logits.masked_fill(~seen, -torch.inf)
+        if self.mask is None and self.sliding_window is None:
+            logits[..., start:].masked_fill_(place[start:] > own, -torch.inf)  # all keys before are seen
+        else:
+            seen = place <= own
+            if self.sliding_window is not None:
+                seen = seen & (own - place < self.sliding_window)
+            if self.mask is not None:
+                allowed = visible(self.mask[:, 0, start:stop, :stop]) & self.real()[:, start:stop, None]
+                seen = (seen & allowed)[:, None, None]
+            logits.masked_fill_(~seen, -torch.inf)
         mass = logits.logsumexp(-1, keepdim=True)
         if self.sink_logit is not None:
             mass = torch.logaddexp(mass, wide(self.sink_logit).view(groups, -1, 1, 1))
-        return torch.where(logits == -torch.inf, logits, logits - mass)
+        return logits.sub_(mass.masked_fill(mass == -torch.inf, 0))
 
 
 Look = Callable[[AttentionModule, Attending], None]

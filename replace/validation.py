@@ -18,7 +18,7 @@ LOCALS = ("segment", "sliding_window", "none")
 GATES = ("head", "token")
 WRITE_GATES = ("none", "token")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
-LOSSES = ("mse", "huber", "cosine")
+LOSSES = ("mse", "huber", "cosine", "attention_weights")
 OBJECTIVES = ("kl", "ce", "mix")
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 EPISODE = 128
@@ -187,6 +187,13 @@ def _check_names(config: Config) -> None:
         variant.check(attention)
     else:
         check_own(attention.own, getattr(variant, "own_options", {}))
+    learns = issubclass(variant, BlockMixer) and variant.learns_map(attention)
+    if config.stage.transfer_loss == "attention_weights" and not learns:
+        why = f"since attention.name={attention.name} has no feature map that learns"
+        if issubclass(variant, BlockMixer) and variant.has_memory:
+            learned = [name for name in FEATURE_MAPS.names() if FEATURE_MAPS.get(name).learned]
+            why = f"or attention.feature_map={' or '.join(learned)}, which learn"
+        raise bad_value("stage.transfer_loss", config.stage.transfer_loss, f"mse, huber, cosine, {why}")
     refusal = None if rest == "keep" else _refusal(rest, attention)
     if refusal is not None:
         others = [name for name in VARIANTS.names() if _refusal(name, attention) is None]
@@ -250,6 +257,9 @@ def _check_stages(config: Config) -> None:
     stage = config.stage
     _one_of("stage.transfer_loss", stage.transfer_loss, LOSSES)
     _one_of("stage.objective", stage.objective, OBJECTIVES)
+    if stage.transfer_loss == "attention_weights":
+        allowed = "above 0, since stage.transfer_loss=attention_weights teaches feature maps only"
+        _require(stage.lr_map1 > 0, "stage.lr_map1", stage.lr_map1, allowed)
     for name in ("projection1", "map1", "gate", "score", "projection2", "map2", "stage3"):
         rate = getattr(stage, f"lr_{name}")
         _require(0 <= rate < 1, f"stage.lr_{name}", rate, "a learning rate from 0 to below 1")

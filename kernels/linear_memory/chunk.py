@@ -113,7 +113,7 @@ def write_delta(
         reach = (phi @ z.unsqueeze(-1)) * (gate > 0).unsqueeze(-1)
         held = reach > TINY
         missing = v[:, :, block] - torch.where(held, phi @ M / torch.where(held, reach, 1), 0)
-        update, limited = block_updates(*(x.unsqueeze(2) for x in (phi, missing, gate)), clamp)
+        update, limited = block_updates(phi.unsqueeze(2), missing.unsqueeze(2), gate.unsqueeze(2), clamp)
         own, new_n = n.detach().to(M.dtype), n + update.n.squeeze(2).to(n.dtype)
         added, total = update.n.squeeze(2).detach(), new_n.detach().to(M.dtype).clamp_min(TINY)
         kept, part = (own / total)[..., None], (added / total)[..., None]

@@ -98,7 +98,8 @@ class Linear(MemoryMixer):
         log = weight.clamp_min(tiny).log()
         if self.log_amplitude is not None:
             amplitude = self.log_amplitude.to(log.dtype).view(1, self.heads.key_value, 1, -1, 1)
-            log = log + amplitude.expand(-1, -1, -1, -1, weight.shape[3] // self.heads.repeat).flatten(3, 4).unsqueeze(-1)
+            queries = weight.shape[3] // self.heads.repeat
+            log = log + amplitude.expand(-1, -1, -1, -1, queries).flatten(3, 4).unsqueeze(-1)
         return torch.where(weight <= tiny, -torch.inf, log)
 
 
@@ -106,7 +107,7 @@ def joined(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
     """The mean of answers `[..., D]`, each after its log weight `[..., 1]`; 0 where all weights are."""
     top = reduce(torch.maximum, (log for log, _ in parts)).detach()
     top = torch.where(top == -torch.inf, 0, top)
-    weights = [(log - top).exp() for log, _ in parts]
-    total = sum(weights)
-    answers = sum(weight * answer for weight, (_, answer) in zip(weights, parts, strict=True))
+    weights = torch.stack([(log - top).exp() for log, _ in parts])
+    total = weights.sum(0)
+    answers = (weights * torch.stack([answer for _, answer in parts])).sum(0)
     return answers / torch.where(total == 0, 1, total)

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from distill.objective import language_loss, score_loss, transfer_loss
+from distill.objective import QUERIES, language_loss, score_loss, transfer_loss, weights_loss
 from replace.errors import UserError
+from replace.observe import Attending
 
 
 @pytest.fixture
@@ -94,3 +95,48 @@ def test_scores_learn_which_tokens_are_looked_at_later():
     other[..., 0], other[..., 5] = 50.0, -50.0
     assert torch.equal(score_loss(wanted, later.clone(), 2, 1), score_loss(other, later.clone(), 2, 1))
     assert score_loss(-wanted, later.clone(), 2, 1) > 5
+
+
+@pytest.mark.parametrize("length", [1, 19, 2 * QUERIES + 5])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"softcap": 1.5, "sliding_window": 7, "sink_logit": torch.tensor([0.3, -1.0, 2.0, 0.0]).double()}],
+)
+def test_the_chunked_loss_of_weights_is_the_quadratic_one(length, padded, more):
+    generator = torch.Generator().manual_seed(length)
+    query, key = (torch.randn(2, heads, length, 6, generator=generator).double() for heads in (4, 2))
+    phi_q, phi_k = (torch.rand(2, heads, length, 5, generator=generator).double() for heads in (4, 2))
+    phi_q[..., 1:3, :, 1:] = 0  # weights of exactly 0 in some places
+    phi_k[:, 0, ::3, 0] = 0
+    real = torch.ones(2, length, dtype=torch.bool)
+    if padded:
+        real[0, : length // 3], real[1, length - length // 4 :] = False, False
+    leaves = [phi_q.requires_grad_(), phi_k.requires_grad_()]
+    own, place = torch.arange(length).unsqueeze(-1), torch.arange(length)
+    mask = ((place <= own) & real[:, None] & real[:, :, None]).unsqueeze(1) if padded else None
+    softmax = Attending(query, key, 0.5, mask, **more)
+    total, count = 0, 0
+    for row in range(2):
+        for head in range(4):
+            seen = (place <= own) & real[row]
+            logits = softmax.scaling * query[row, head] @ key[row, head // 2].T
+            near = seen
+            if softmax.softcap is not None:
+                logits = softmax.softcap * torch.tanh(logits / softmax.softcap)
+                near = seen & (own - place < softmax.sliding_window)
+            weights = logits.exp() * near
+            extra = 0 if softmax.sink_logit is None else softmax.sink_logit[head].exp()
+            target = weights / (weights.sum(-1, keepdim=True) + extra)
+            mine = phi_q[row, head] @ phi_k[row, head // 2].T * seen
+            share = mine.clamp_min(1e-20) / mine.sum(-1, keepdim=True).clamp_min(1e-20)
+            for t in range(length):
+                if real[row, t]:
+                    total = total - (target[t, : t + 1] * share[t, : t + 1].log()).sum()
+                    count += 1
+    want = total / count
+    gradients = torch.autograd.grad(want, leaves)
+    got = weights_loss(phi_q, phi_k, softmax)
+    assert got.item() == pytest.approx(want.item(), rel=1e-10)
+    for mine, wanted in zip(torch.autograd.grad(got, leaves), gradients, strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-9, atol=1e-12)

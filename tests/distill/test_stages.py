@@ -236,3 +236,74 @@ def test_gradient_checkpointing_is_switched_on_and_changes_no_gradient(number):
     assert found[0].keys() == found[1].keys()
     for name, gradient in found[0].items():
         assert torch.allclose(gradient, found[1][name], atol=1e-6), name
+
+
+def weights_config(**stage):
+    return config_with(transfer_loss="attention_weights", lr_projection1=1e-3, **stage)
+
+
+@pytest.mark.parametrize("feature_map", ["hedgehog", "t2r"])
+def test_attention_weights_teach_feature_maps_only_and_the_loss_falls(feature_map):
+    model = small_model()
+    for (
+        layer
+    ) in model.model.layers:  # attention that is far from uniform, so that there is something to learn
+        layer.self_attn.q_proj.weight.data *= 12
+        layer.self_attn.k_proj.weight.data *= 12
+    learner = options(feature_map=feature_map, gate="token", rotary=feature_map == "t2r")
+    swap(
+        model, SwapSpec({0: learner, 1: options("sliding_window"), 2: options("linear")}), keep_originals=True
+    )
+    stage = transfer_stage(model, weights_config())
+    rows = batch(rows=2, length=160)
+    rows.padding = torch.ones_like(rows.input_ids, dtype=torch.bool)
+    rows.padding[1, 130:] = False
+    first = stage.step(rows, 1.0)
+    touched = {name for name, g in gradients(model).items() if ".score." not in name}
+    wanted = [n for n, _ in model.named_parameters() if ".map_q." in n or ".map_k." in n]
+    assert touched == set(wanted)
+    assert {g["name"] for g in stage.groups} == {"map", "score"}
+    assert first["score"] > 0
+    assert first["transfer"] == pytest.approx((first["layer_0"] + first["layer_2"]) / 2)
+    optimizer = torch.optim.Adam([p for g in stage.groups for p in g["params"]], lr=3e-2)
+    for _ in range(12):
+        optimizer.step()
+        optimizer.zero_grad()
+        last = stage.step(rows, 1.0)
+    assert last["layer_0"] < first["layer_0"] - 0.02
+    assert last["layer_2"] < first["layer_2"] - 0.02
+
+
+def test_attention_weights_are_the_teachers_on_its_own_position_free_queries_and_keys():
+    """The loss of a layer, written out from the weights that the teacher itself returns."""
+    model = small_model().double()
+    swap(model, SwapSpec({1: options("linear")}), keep_originals=True)
+    layer = replaced_layers(model)[1]
+    layer.mixer.double()
+    rows = batch(length=40)
+    got = transfer_stage(model, weights_config()).step(rows, 1.0)["transfer"]
+    model.set_attn_implementation("eager")
+    kept = {}
+    hook = (
+        conversion_of(model)
+        .originals[1]
+        .register_forward_pre_hook(lambda module, args, kwargs: kept.update(kwargs), with_kwargs=True)
+    )
+    with torch.no_grad(), teacher_attention(model):
+        target = model(rows.input_ids, use_cache=False, output_attentions=True).attentions[1]
+    hook.remove()
+    x = kept["hidden_states"]
+    q, k = (f(x).unflatten(-1, (-1, 8)).transpose(1, 2) * 8**-0.25 for f in (layer.q_proj, layer.k_proj))
+    weights = layer.mixer.map_q(q) @ layer.mixer.map_k(k).repeat_interleave(2, 1).transpose(-1, -2)
+    weights = weights.tril()
+    share = weights / weights.sum(-1, keepdim=True)
+    want = -(target * share.clamp_min(1e-20).log()).sum(-1).mean()
+    assert got == pytest.approx(float(want.detach()), rel=1e-5)
+
+
+@pytest.mark.parametrize("change", [{"name": "sliding_window"}, {"feature_map": "elu"}, {"name": "identity"}])
+def test_attention_weights_need_a_map_that_learns(change):
+    model = small_model()
+    swap(model, SwapSpec({0: options(**change)}), keep_originals=True)
+    with pytest.raises(UserError, match=r"attention_weights|nothing is trainable"):
+        transfer_stage(model, weights_config())

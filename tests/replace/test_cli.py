@@ -22,6 +22,11 @@ from replace.loading import check_model
 
 TINY = ["+exp=infini", "budget=smoke", "model=tiny", "layers=all"]
 
+NO_WINDOW = ["attention.local=none", "attention.window=0"]
+NO_RECALL = ["data.recall=0", "data.recall_transfer=0", "budget.eval.phase_lengths=[5000]"]
+NO_RECALL += ["budget.eval.final_lengths=[5000]"]
+BY_WEIGHTS = ["stage.transfer_loss=attention_weights"]
+
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +69,10 @@ BAD = [
     (["+exp=infini", "seed=1,2"], "seed", "1,2", "--multirun"),
     (["--json"], "argument", "--json", "key=value"),
     ([*TINY, "attention.name=softmax"], "attention.name", "softmax", "infini"),
-    ([*TINY, "attention.feature_map=relu"], "attention.feature_map", "relu", "hedgehog"),
+    (
+        [*TINY, "attention.feature_map=relu"],
+        *("attention.feature_map", "relu", "one of elu, hedgehog, t2r, taylor"),
+    ),
     ([*TINY, "attention.pairs_score=best"], "attention.pairs_score", "best", "learned"),
     (
         [*TINY, "attention.name=sliding_window", "attention.pairs_score=self_recall"],
@@ -75,8 +83,45 @@ BAD = [
     ([*TINY, "attention.write_gate=wide"], "attention.write_gate", "wide", "token"),
     ([*TINY, "attention.local=global"], "attention.local", "global", "segment"),
     ([*TINY, "attention.block=0"], "attention.block", "0", "at least 1"),
+    ([*TINY, "attention.block=-4"], "attention.block", "-4", "at least 1"),
+    ([*TINY, "attention.block=8192"], "attention.window", "32", "a multiple of attention.block=8192"),
     ([*TINY, "attention.window=33"], "attention.window", "33", "a multiple of attention.block=32"),
     ([*TINY, "attention.window=-32"], "attention.window", "-32", "a multiple of attention.block=32"),
+    ([*TINY, "attention.window=0"], "attention.window", "0", "attention.local=segment has no window"),
+    (
+        [*TINY, "attention.window=4096", "attention.distance_cap=null", *NO_RECALL],
+        *("attention.window", "4096", "at most 4064: the model's 4096 positions less attention.block"),
+    ),
+    ([*TINY, *NO_WINDOW], "attention.local", "none", "segment, sliding_window, where attention.name=infini"),
+    (
+        ["+exp=window", *TINY[1:], *NO_WINDOW],
+        *("attention.local", "none", "segment, sliding_window, where attention.name=sliding_window"),
+    ),
+    (
+        [*TINY, "attention.name=linear", "attention.local=none"],
+        *("attention.window", "32", "0, since attention.local=none"),
+    ),
+    (
+        [*TINY, "attention.name=linear", *NO_WINDOW, "attention.pairs_score=attention"],
+        *("attention.pairs_score", "attention", "where attention.local=none"),
+    ),
+    (
+        [*TINY, "attention.name=linear", *NO_WINDOW, "layers.rest=sliding_window"],
+        *("layers.rest", "sliding_window", "keep, identity, linear, since"),
+    ),
+    (
+        ["+exp=infini", "budget=smoke", *BY_WEIGHTS, "attention.feature_map=taylor"],
+        *("stage.transfer_loss", "attention_weights", "attention.feature_map=hedgehog or t2r"),
+    ),
+    (
+        ["+exp=window", "budget=smoke", *BY_WEIGHTS],
+        *(
+            "stage.transfer_loss",
+            "attention_weights",
+            "since attention.name=sliding_window has no feature map",
+        ),
+    ),
+    ([*TINY, *BY_WEIGHTS, "stage.lr_map1=0"], "stage.lr_map1", "0.0", "above 0"),
     ([*TINY, "attention.sinks=33"], "attention.sinks", "33", "0 to attention.block=32"),
     ([*TINY, "attention.pairs=-1"], "attention.pairs", "-1", "0 or more"),
     ([*TINY, "attention.distance_cap=63"], "attention.distance_cap", "63", "at least 64"),
@@ -154,6 +199,10 @@ def test_a_mistake_is_one_sentence(
         ["layers=retrieval", "layers.rest=keep", "attention.pairs_score=self_recall"],
         ["budget.eval.speed_lengths=[65536]"],
         ["attention.scale=0.5", "eval=recall"],
+        ["attention.feature_map=taylor"],
+        [*BY_WEIGHTS, "attention.feature_map=t2r"],
+        ["attention.name=linear", *NO_WINDOW, "attention.sinks=0", "attention.pairs=0"],
+        ["attention.name=linear", *NO_WINDOW, "layers=retrieval", "layers.rest=identity"],
     ],
 )
 def test_what_does_no_harm_is_allowed(overrides: list[str]) -> None:

@@ -97,11 +97,14 @@ def test_observing_changes_no_logit_and_leaves_nothing_behind(family):
     configs = [module.config for module in layers]
     ids = torch.randint(0, 100, (1, 20))
     want, seen = model(ids).logits, []
-    with observe(layers, lambda module, attending: seen.append((module.layer_idx, attending.key.shape))):
+    with observe(layers, lambda module, attending: seen.append((module, attending))):
         got = model(ids).logits
     assert torch.equal(got, want)
-    assert [entry[0] for entry in seen] == [module.layer_idx for module in layers]
-    assert seen[0][1][1] == layers[0].config.num_key_value_heads
+    assert [module for module, _ in seen] == layers
+    for module, attending in seen:
+        assert attending.key.shape[1] == layers[0].config.num_key_value_heads
+        assert attending.scaling == module.scaling
+        assert attending.softcap == getattr(module, "attn_logit_softcapping", None)
     assert all(module.config is config for module, config in zip(layers, configs, strict=True))
     assert not any(hasattr(module, "layer_replace_observer") for module in layers)
 
