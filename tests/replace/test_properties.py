@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from kernels.exact_attention.reference import exact_keys, softmax_read
-from kernels.gated_delta_rule.reference import gated_delta_rule
-from kernels.linear_memory.reference import delta, delta_bounded, linear_memory
+from kernels.exact_attention.reference import exact_keys
+from kernels.linear_memory.reference import delta_bounded
 from replace.cache import ReplacedCacheLayer, state_bytes
 from replace.config import AttentionConfig
 from replace.convert import SwapSpec, mixers, swap
+from replace.definition import Definition
 from replace.errors import UserError
 from replace.mixer import VARIANTS, BlockMixer, Call, Heads
 from replace.rotary import RotarySpec
@@ -193,109 +193,18 @@ def rotated(x: Tensor, position: int) -> Tensor:
     return x
 
 
-def delta_states(
-    mixer: BlockMixer, k: Tensor, v: Tensor, hidden: Tensor, absent: tuple[int, int]
-) -> list[Tensor]:
-    """The gated delta memory `[G, D, D]` after each whole number of blocks, from the reference."""
-    options, length = mixer.options, k.shape[2]
-    if options.rotary:
-        k = torch.stack([torch.stack([rotated(x, t) for t, x in enumerate(head)]) for head in k[0]])[None]
-    step = 1 / (1 + torch.exp(-(hidden @ mixer.step.weight.T + mixer.step.bias)))
-    log_decay = -torch.log1p(torch.exp(hidden @ mixer.decay.weight.T + mixer.decay.bias))
-    mask = (torch.arange(length) >= options.sinks)[None, :, None].repeat(1, 1, HEADS.key_value)
-    if absent[0] >= 0:
-        mask[0, absent[1], absent[0]] = False
-    tokens = [k.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), step, log_decay]
-    states = []
-    for end in range(0, length + 1, options.block):
-        _, state = gated_delta_rule(*(x[:, :end] for x in tokens), mask=mask[:, :end])
-        states.append(state[0])
-    return states
-
-
 def oracle(
     mixer: BlockMixer, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, absent: tuple[int, int] = (-1, -1)
 ) -> Tensor:
-    """The definition of a variant, token by token, from the references: `[1, H, T, D]`.
+    """The definition of a variant, token by token: `[1, H, T, D]`.
 
     Args:
         absent: (key-value head, position) of a pair that does not exist.
     """
-    options, scaling = mixer.options, 0.4
-    size, lookback, length = options.block, mixer.lookback, q.shape[2]
-    call = Call(hidden, scaling)
-    score = None
-    if options.pairs:
-        key = k.clone()
-        if absent[0] >= 0:
-            key[0, absent[0], absent[1]] = torch.nan
-        whole = mixer.score.final(mixer.scores(mixer.arrange(q, key, v, call), key, v, call))
-        score = whole[:, :, lookback * size :][..., :length]
-    if hasattr(mixer, "map_q"):
-        angle = [rotated if options.rotary else (lambda x, _: x)][0]
-        scale = scaling**0.5
-        phi_q = mixer.map_q(
-            scale * torch.stack([angle(q[..., t, :].reshape(-1, 8).T, t).T for t in range(length)], 1)[None]
-        )
-        phi_k = mixer.map_k(
-            scale * torch.stack([angle(k[..., t, :].reshape(-1, 8).T, t).T for t in range(length)], 1)[None]
-        )
-        weight = torch.ones(1, HEADS.key_value, length).double()
-        if mixer.write_gate is not None:
-            weight = mixer.write_gate(hidden)
-        weight = weight * (torch.arange(length) >= options.sinks)
-        if absent[0] >= 0:
-            weight[0, absent[0], absent[1]] = 0
-        reads, _, _ = linear_memory(
-            *(x.transpose(1, 2) for x in (phi_q, phi_k, v, weight)), block=size, lookback=lookback
-        )
-    out = torch.zeros_like(q)
-    if options.name == "gated_delta":
-        state_after = delta_states(mixer, k, v, hidden, absent)
-    for t in range(length):
-        left = max(0, t // size - lookback) * size  # tokens before this one have left the window
-        for h in range(HEADS.query):
-            g = h // HEADS.repeat
-            retained = []
-            if score is not None:
-                candidates = [j for j in range(options.sinks, left) if (g, j) != absent]
-                retained = sorted(candidates, key=lambda j: (-float(score[0, g, j]), j))[: options.pairs]
-            exact = [j for j in exact_keys(t, size, lookback, options.sinks, retained) if (g, j) != absent]
-            if options.local == "none":
-                exact = [j for j in exact if j < options.sinks or j in retained]
-            end = (t // size + 1) * size - 1
-            origin = 0 if options.distance_cap is None else max(0, end - options.distance_cap)
-            turned = [rotated(k[0, g, j], max(0, j - origin)) for j in exact]
-            query = rotated(q[0, h, t], t - origin)
-            local = softmax_read(query, torch.stack(turned), v[0, g, exact], scaling) if exact else 0
-            older = t + 1 if options.local == "none" else left
-            stored = [j for j in range(options.sinks, older) if options.name != "linear" or j not in retained]
-            stored = [j for j in stored if (g, j) != absent]
-            if options.name == "infini" and left > 0 and stored:
-                answer = reads[0, t, h]
-                if options.update != "linear":
-                    write = {"delta": delta, "delta_bounded": delta_bounded}[options.update]
-                    M, z, _ = write(*(x[0, g, :left].unflatten(0, (-1, size)) for x in (phi_k, v, weight)))
-                    answer = phi_q[0, h, t] @ M / (phi_q[0, h, t] @ z)
-                gate = mixer.gate(hidden)[0, h, t]
-                local = gate * answer + (1 - gate) * local
-            elif options.name == "gated_delta" and stored:
-                query = rotated(q[0, h, t], t) if options.rotary else q[0, h, t]
-                answer = mixer.log_amplitude[h].exp() * (query @ state_after[left // size][g])
-                gate = mixer.gate(hidden)[0, h, t]
-                local = gate * answer + (1 - gate) * local
-            elif options.name == "linear" and stored:
-                amplitude = 1 if mixer.log_amplitude is None else mixer.log_amplitude[h].exp()
-                mass = sum(math.exp(scaling * float(query @ key)) for key in turned)
-                far = amplitude * weight[0, g, stored] * (phi_k[0, g, stored] @ phi_q[0, h, t])
-                local = (mass * local + far @ v[0, g, stored]) / (mass + far.sum())
-            out[0, h, t] = local
-    return out
+    return Definition(mixer, q, k, v, Call(hidden, 0.4), [absent]).outputs()
 
 
-# The shared denominator's delta memory is written from what was dropped, in an order that only the chunks
-# know; its parts are tested by the kernels.
-@pytest.mark.parametrize("name", [name for name in CASES if name != "linear-delta"])
+@EVERY
 @torch.no_grad()
 def test_4_mixer_equals_the_token_by_token_definition(name: str) -> None:
     mixer, tensors = mixer_of(name), inputs(27)
@@ -393,7 +302,7 @@ def test_2_a_token_changes_nothing_before_it(name: str, poison: float) -> None:
             assert torch.equal(got[:, :, :place], want[:, :, :place])
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "linear-delta"])
+@EVERY
 @pytest.mark.parametrize(("which", "place"), [(1, 1), (1, 9), (2, 1), (2, 9)])
 @torch.no_grad()
 def test_2_later_blocks_forget_a_poisoned_token(name: str, which: int, place: int) -> None:
@@ -627,7 +536,7 @@ def test_18_self_recall_is_the_residual_of_the_gated_delta_memory() -> None:
     mixer, (q, k, v, hidden) = mixer_of("gated-delta", pairs_score="self_recall"), inputs(27)
     call, size = Call(hidden, 0.4), mixer.block
     got = mixer.scores(mixer.arrange(q, k, v, call), k, v, call)[0, :, mixer.lookback * size :]
-    before = delta_states(mixer, k, v, hidden, (-1, -1))
+    before = Definition(mixer, q, k, v, call).gated_states
     for j in range(27 - 27 % size - mixer.lookback * size):
         for g in range(2):
             close(got[g, j], (v[0, g, j] - k[0, g, j] @ before[j // size][g]).norm())
