@@ -40,14 +40,14 @@ class Definition:
         self.size, self.lookback, self.length = self.options.block, mixer.lookback, q.shape[2]
         self.repeat = q.shape[1] // k.shape[1]
         self.spec: RotarySpec | None = None if mixer.rotary is None else mixer.rotary.spec
-        self.join = join_of(mixer)
         self.written, self.delta = cache(self._written), cache(self._delta)
 
-    def outputs(self, positions: Sequence[int] | None = None) -> Tensor:
-        """`[1, H, P, D]` at these positions, by default all."""
+    def outputs(self, positions: Sequence[int] | None = None, heads: int | None = None) -> Tensor:
+        """`[1, H, P, D]` at these positions and of the first heads, by default all."""
         positions = range(self.length) if positions is None else positions
-        heads = range(self.q.shape[0])
-        return torch.stack([torch.stack([self.join(self, t, h) for t in positions]) for h in heads])[None]
+        heads = self.q.shape[0] if heads is None else heads
+        join = join_of(self.mixer)
+        return torch.stack([torch.stack([join(self, t, h) for t in positions]) for h in range(heads)])[None]
 
     def left(self, t: int) -> int:
         """The tokens before this one have left the window of the query at t."""

@@ -1,0 +1,33 @@
+"""Which layer gets what: the config's `layers`, for the attention layers that a model has."""
+
+import copy
+
+from torch import nn
+
+from replace.config import Config
+from replace.convert import SwapSpec, attention_layers
+from replace.validation import selected
+
+
+def layers_of(model: nn.Module) -> list[int]:
+    """The indices of the decoder layers that have attention; some decoders have it in some layers only."""
+    return [module.layer_idx for _, module in attention_layers(model)]
+
+
+def spec_of(config: Config, indices: list[int], retrieval: list[int] | None = None) -> SwapSpec:
+    """`attention` for the selected layers, `layers.rest` for the others.
+
+    Args:
+        indices: of `layers_of`.
+        retrieval: the layers where the teacher retrieves, if they were measured.
+    """
+    chosen = selected(config.layers, len(indices)) if retrieval is None else retrieval
+    assert chosen is not None
+    if retrieval is None and config.layers.select != "list":
+        chosen = [indices[place] for place in chosen]
+    spec = dict.fromkeys(chosen, config.attention)
+    if config.layers.rest != "keep":
+        rest = copy.copy(config.attention)
+        rest.name = config.layers.rest
+        spec |= {i: rest for i in indices if i not in spec}
+    return SwapSpec(dict(sorted(spec.items())))
