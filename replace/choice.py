@@ -1,7 +1,5 @@
 """Which layer gets what: the config's `layers`, for the attention layers that a model has."""
 
-import copy
-
 from torch import nn
 
 from replace.config import Config
@@ -27,7 +25,6 @@ def spec_of(config: Config, indices: list[int], retrieval: list[int] | None = No
         chosen = [indices[place] for place in chosen]
     spec = dict.fromkeys(chosen, config.attention)
     if config.layers.rest != "keep":
-        rest = copy.copy(config.attention)
-        rest.name = config.layers.rest
+        rest = config.attention.shared_with(config.layers.rest)
         spec |= {i: rest for i in indices if i not in spec}
     return SwapSpec(dict(sorted(spec.items())))

@@ -1,8 +1,8 @@
 """Every variant token by token: what its blocks must equal, written from the references in `kernels`.
 
-For each query position and head by itself: softmax over what is exact, the memory of what is older, and how the
-two are joined. Quadratic and slow, for one row without pads; nothing of the block-wise code takes part in it but
-the learned maps, gates and scores, which are what they are.
+For each query position and head by itself: softmax over what is exact, the memory of what is older, and how
+the two are joined. Quadratic and slow, for one row without pads; nothing of the block-wise code takes part in
+it but the learned maps, gates and scores, which are what they are.
 
 A variant of one's own brings its join as `definition(whole, t, h)`, a static method that returns `[D]`; see
 `infini` below for what `whole` has to offer.
@@ -56,7 +56,7 @@ class Definition:
     # What is exact
 
     def exact(self, t: int, h: int) -> tuple[Tensor, Tensor]:
-        """Softmax over sinks, retained pairs and window `[D]`, and its denominator, learned sinks included."""
+        """Softmax over sinks, retained pairs and window `[D]`; its denominator, learned sinks included."""
         g, left, call = h // self.repeat, self.left(t), self.call
         keys = exact_keys(t, self.size, self.lookback, self.options.sinks, self.retained(g, left))
         near = self.length if call.sliding_window is None else call.sliding_window

@@ -30,6 +30,7 @@ from eval.measure import Yardstick, conclude, measure, probe_rows, yardstick
 from eval.metrics import FILE, new_metrics, read_metrics, write_metrics
 from eval.report import write_report
 from replace.cache import ReplacedCacheLayer
+from replace.choice import layers_of, spec_of
 from replace.config import Config
 from replace.convert import Conversion, SwapSpec, attention_layers, probe_ids, swap
 from replace.corpora import Document, load_documents, provenance_of
@@ -40,6 +41,7 @@ from replace.loading import Loaded, load_model
 from replace.logger import Logger, open_logger
 from replace.machine import device_of_choice, keep_freed_memory
 from replace.precision import autocast
+from replace.properties.examine import check as check_properties
 from replace.retrieval import retrieval_layers, retrieval_scores
 from replace.validation import selected
 
@@ -85,6 +87,7 @@ def _phases(
 
     conversion = swap(model, choose(config, loaded, documents, run_dir), keep_originals=True)
     check_head(model, probe_ids(model))
+    check_properties(model)
     metrics["layers"] = [r.layer for r in conversion.replacements]
     metrics["replaced"] = describe(model, conversion, using)
     with phase(metrics, run_dir, "swapped", log) as result:
@@ -148,11 +151,8 @@ def phase(metrics: dict, run_dir: Path, name: str, log: Logger) -> Iterator[dict
 
 def choose(config: Config, loaded: Loaded, documents: list[Document], run_dir: Path) -> SwapSpec:
     """Which layer gets what: `attention` for the selected ones, `layers.rest` for the others."""
-    indices = [module.layer_idx for _, module in attention_layers(loaded.model)]
-    chosen = selected(config.layers, len(indices))
-    if chosen is not None and config.layers.select != "list":
-        chosen = [indices[place] for place in chosen]  # some decoders have attention in some layers only
-    if chosen is None:
+    indices, chosen = layers_of(loaded.model), None
+    if selected(config.layers, len(indices)) is None:
         path = run_dir / "retrieval.json"
         earlier = Path(config.source or run_dir).expanduser() / path.name
         if not path.exists() and earlier.exists():
@@ -162,11 +162,7 @@ def choose(config: Config, loaded: Loaded, documents: list[Document], run_dir: P
             atomic_write(path, json.dumps(scores, indent=1))
         scores = {int(i): score for i, score in json.loads(path.read_text()).items()}
         chosen = retrieval_layers(scores, config.layers.k)
-    spec = dict.fromkeys(chosen, config.attention)
-    if config.layers.rest != "keep":
-        rest = config.attention.shared_with(config.layers.rest)
-        spec |= {i: rest for i in indices if i not in spec}
-    return SwapSpec(dict(sorted(spec.items())))
+    return spec_of(config, indices, chosen)
 
 
 def adopt(model: nn.Module, config: Config, first: int) -> None:

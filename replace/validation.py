@@ -45,15 +45,7 @@ def validate(config: Config, facts: "ModelFacts | None" = None) -> None:
         _check_source(config, Path(config.source).expanduser())
     _check_names(config)
     facts = facts or _facts(config.model)
-    _require(
-        facts.family not in NOT_CAPTURED,
-        "model.family",
-        facts.family,
-        f"a family whose attention can be captured, none of {', '.join(NOT_CAPTURED)}",
-    )
-    _check_layers(config.layers, facts.layers)
-    _check_heads(config, facts.head_dim)
-    _check_window(config.attention, facts.max_position)
+    _check_fit(config, facts)
     if _longest(config) > facts.max_position:
         longest = max(("stage1", "stage2", "stage3"), key=lambda name: getattr(config.budget, name).length)
         raise bad_value(
@@ -62,6 +54,30 @@ def validate(config: Config, facts: "ModelFacts | None" = None) -> None:
             f"at most {facts.max_position}, the model's positions",
         )
     check_reach(config.budget.eval, facts.max_position)
+
+
+def validate_swap(config: Config) -> "ModelFacts":
+    """As `validate`, for a command that swaps and does not train: model, attention and layers.
+
+    Raises:
+        UserError: the first thing found wrong.
+    """
+    _check_run(config)
+    _check_model_fields(config.model)
+    _check_attention(config.attention)
+    _check_names(config)
+    facts = _facts(config.model)
+    _check_fit(config, facts)
+    return facts
+
+
+def _check_fit(config: Config, facts: "ModelFacts") -> None:
+    """The model's family can be captured, it has the layers, and its sizes allow the options."""
+    allowed = f"a family whose attention can be captured, none of {', '.join(NOT_CAPTURED)}"
+    _require(facts.family not in NOT_CAPTURED, "model.family", facts.family, allowed)
+    _check_layers(config.layers, facts.layers)
+    _check_heads(config, facts.head_dim)
+    _check_window(config.attention, facts.max_position)
 
 
 def check_reach(measured: EvalBudget, positions: int) -> None:

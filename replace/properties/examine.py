@@ -216,10 +216,10 @@ def _unrotation(model: PreTrainedModel, spec: SwapSpec, length: int) -> Finding:
         cos, sin = (x[:1].double() for x in tables[index])
         heads = heads_of(module)
         x = torch.randn(1, 2, length, heads.dim, generator=torch.Generator().manual_seed(0)).double()
-        x, width = x.to(cos.device), min(cos.shape[-1], heads.dim)
+        x, width = x.to(cos.device), rotary.width
         turned = torch.cat([function(x[..., :width], x[..., :width], cos, sin)[0], x[..., width:]], -1)
         ours = Rotary(rotary, 0)(x, torch.arange(length, device=x.device))
-        back = unrotate(function, turned, turned, cos, sin)[0]
+        back = unrotate(function, turned, turned, cos, sin, width)[0]
         figure = max(figure, distance(back, x), distance(ours, turned))
     if not any(spec.rotary.values()):
         return found(name, "", "the model has no rotary encoding")
