@@ -238,6 +238,13 @@ def test_gradient_checkpointing_is_switched_on_and_changes_no_gradient(number):
         assert torch.allclose(gradient, found[1][name], atol=1e-6), name
 
 
+def sharpen(model):
+    """Attention that is far from uniform, so that there is something to learn."""
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data *= 12
+        layer.self_attn.k_proj.weight.data *= 12
+
+
 def weights_config(**stage):
     return config_with(transfer_loss="attention_weights", lr_projection1=1e-3, **stage)
 
@@ -245,11 +252,7 @@ def weights_config(**stage):
 @pytest.mark.parametrize("feature_map", ["hedgehog", "t2r"])
 def test_attention_weights_teach_feature_maps_only_and_the_loss_falls(feature_map):
     model = small_model()
-    for (
-        layer
-    ) in model.model.layers:  # attention that is far from uniform, so that there is something to learn
-        layer.self_attn.q_proj.weight.data *= 12
-        layer.self_attn.k_proj.weight.data *= 12
+    sharpen(model)
     learner = options(feature_map=feature_map, gate="token", rotary=feature_map == "t2r")
     swap(
         model, SwapSpec({0: learner, 1: options("sliding_window"), 2: options("linear")}), keep_originals=True
@@ -277,6 +280,7 @@ def test_attention_weights_teach_feature_maps_only_and_the_loss_falls(feature_ma
 def test_attention_weights_are_the_teachers_on_its_own_position_free_queries_and_keys():
     """The loss of a layer, written out from the weights that the teacher itself returns."""
     model = small_model().double()
+    sharpen(model)
     swap(model, SwapSpec({1: options("linear")}), keep_originals=True)
     layer = replaced_layers(model)[1]
     layer.mixer.double()
