@@ -354,7 +354,7 @@ def _witnessed(module: AttentionModule, args: tuple, kwargs: dict) -> Tensor:
         raise UserError(f"{name} bypasses the attention interface, so it cannot be replaced.")
     query, mask, call = witness.seen
     before = kwargs.get("attention_mask")
-    same = mask is before or (mask is not None and before is not None and torch.equal(mask, before))
+    same = torch.equal(mask, before) if mask is not None and before is not None else mask is before
     if not same:
         raise UserError(f"{name} makes an attention mask of its own, so it cannot be replaced.")
     implementation = module.config._attn_implementation
@@ -384,7 +384,7 @@ def _rotary_of(
         return None
     cos, sin = precise.get(id(tables[0]), tables)
     spec = measure_rotary(function, cos, sin, heads_of(module).dim)
-    back = unrotate(function, query, query, tables[0], tables[1], spec.width)[0]
+    back, _ = unrotate(function, query, query, tables[0], tables[1], spec.width)
     error = float((back - plain).abs().max() / plain.abs().max())
     limit = 1e-4 if query.dtype in (torch.float32, torch.float64) else 5e-2
     if not error < limit:

@@ -105,8 +105,7 @@ def replaced_attention(
     if first and call.real is not None and call.document is None:
         refuse_other_masks(attention_mask, call.real, call.sliding_window)
     if replace_context["rotary"] is not None and mixer.rotary is not None:
-        cos, sin = replace_context["rotary"]
-        width = mixer.rotary.spec.width
+        (cos, sin), width = replace_context["rotary"], mixer.rotary.spec.width
         query, key = unrotate(family_rotation(module), query, key, cos, sin, width)
     query, key = query.to(value.dtype), key.to(value.dtype)
     return _by_token(mixer(query, key, value, call)), None

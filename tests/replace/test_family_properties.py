@@ -251,15 +251,15 @@ def test_dropout_of_the_teacher_acts_in_training_only(family: str, name: str, gr
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @torch.no_grad()
 def test_dropout_leaves_the_shared_denominator_alone(softcap: float | None) -> None:
-    """Values of one: without dropout all outputs are one; with it the exact part alone is thinned."""
+    """Values of one: without dropout every output is one; with it the exact part is thinned, unbiased."""
     mixer, (q, k, v, hidden) = mixer_of(name="linear", pairs=0), inputs(24)
     ones = torch.ones_like(v)
     torch.testing.assert_close(mixer(q, k, ones, Call(hidden, 0.4, softcap=softcap)), torch.ones_like(q))
     torch.manual_seed(0)
-    runs = [mixer(q, k, ones, Call(hidden, 0.4, dropout=0.3, softcap=softcap)) for _ in range(100)]
-    thinned = torch.stack(runs).mean(0)
-    assert not torch.allclose(runs[0], runs[1])
-    assert float((thinned - 1).abs().max()) < 0.3
+    runs = [mixer(q, k, ones, Call(hidden, 0.4, dropout=0.3, softcap=softcap)) for _ in range(20)]
+    # The first query has one key, of weight 1: it is dropped, or what is left is not made whole again.
+    first = torch.stack(runs)[:, 0, :, 0]
+    assert {round(float(x), 6) for x in first.flatten()} == {0.0, round(1 / 0.7, 6)}
     alone = mixer(q, k, ones, Call(hidden, 0.4, dropout=1.0, softcap=softcap))
     share = alone[0, :, 16:, 0]
     assert (share > 0).all(), "what is left is the memory's share"
