@@ -20,9 +20,9 @@ from eval.ablation import parts_of
 from eval.layer_outputs import capture
 from eval.measure import Yardstick, conclude, last_student, measure, probe_rows, yardstick
 from eval.metrics import FILE, new_metrics, read_metrics, write_metrics
-from eval.plan import SETS, clear_tokens_of
+from eval.plan import clear_tokens_of
 from eval.report import write_report
-from replace.compose import compose, load_config
+from replace.compose import choices, compose, load_config
 from replace.config import Config, DataConfig, ModelConfig
 from replace.console import Console
 from replace.errors import UserError, bad_value
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is 0, or 2 after a mistake that one sentence on stderr explains."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help", "help=true"):
-        (sys.stdout if given else sys.stderr).write(USAGE.format(sets="|".join(SETS)))
+        (sys.stdout if given else sys.stderr).write(USAGE.format(sets="|".join(choices("eval"))))
         return 0 if given else 2
     try:
         options = parse(given)
@@ -82,8 +82,8 @@ def parse(arguments: Sequence[str]) -> dict[str, str]:
         options[key] = value
     if ("run" in options) == ("model" in options):
         raise bad_value("run", options.get("run"), "either run=<run folder> or model=<folder or id>")
-    if options.get("eval", SETS[0]) not in SETS:
-        raise bad_value("eval", options["eval"], SETS)
+    if options.get("eval", "quick") not in choices("eval"):
+        raise bad_value("eval", options["eval"], choices("eval"))
     for key in ("verbose", "trust_remote_code"):
         if options.get(key, "true") not in ("true", "false"):
             raise bad_value(key, options[key], ("true", "false"))
@@ -108,7 +108,8 @@ def evaluate(options: dict[str, str]) -> Path:
     if "budget" in options:
         config.budget = compose([f"budget={options['budget']}"]).budget
     same_text = _take_data(config, options.get("data"))
-    config.eval.name = options.get("eval", config.eval.name if config.eval.name in SETS else SETS[0])
+    if "eval" in options:
+        config.eval = compose([f"eval={options['eval']}"]).eval
 
     recorded = None
     if source is not None:
@@ -138,7 +139,7 @@ def evaluate(options: dict[str, str]) -> Path:
     if recorded and not same_text:
         logger.warning("the recorded phases were measured on other text than data= and are left out")
         metrics["phases"], metrics["wall_seconds"] = {}, {}
-    kept = before if same_text and config.eval.name != SETS[0] else {}
+    kept = before if same_text and config.eval.base != "quick" else {}
     training = {"training": before["training"]} if "training" in before else {}
     measured = measure(model, tokenizer, config, phase=phase, final=True, using=using)
     metrics["phases"][phase] = merged(kept, measured) | training

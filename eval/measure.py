@@ -11,6 +11,7 @@ import torch
 
 from eval.ablation import ablate, parts_of
 from eval.layer_outputs import Reference, capture, layer_outputs
+from eval.measurements import MEASUREMENTS
 from eval.metrics import PHASES
 from eval.niah import Cell, MakeEpisode, episodes_of, generated, recall_grid
 from eval.perplexity import perplexity, tokenise
@@ -107,7 +108,7 @@ def measure(
         phase: one of `eval.metrics.PHASES`.
         final: whether it is the last phase, which gets the full grid, all ablations and generation.
         using: from `yardstick`.
-        plan: what to measure; by default `eval.plan.plan_for` the budget, narrowed to `config.eval.name`.
+        plan: what to measure; by default `eval.plan.plan_for` the budget, narrowed to `config.eval.base`.
     """
     if phase not in PHASES:
         raise ValueError(f"{phase!r} is none of {', '.join(PHASES)}")
@@ -120,7 +121,7 @@ def measure(
         with autocast(config.precision, model.device), cast_once(model, config.precision):
             if plan is None:
                 plan = plan_for(config.budget.eval, parts_of(model), phase=phase, final=final)
-                plan = only(plan, config.eval.name)
+                plan = only(plan, config.eval.base)
             if plan.perplexity:
                 with _timed(seconds, phase, "perplexity"):
                     result["perplexity"] = _perplexities(model, tokenizer, config, using)
@@ -150,6 +151,9 @@ def measure(
                         "state": kept_bytes(model, list(plan.state_lengths)),
                         "decode": decode_speed(model, list(plan.decode_lengths)),
                     }
+            for name in config.eval.more if final or phase == "teacher" else ():
+                with _timed(seconds, phase, name):
+                    result |= MEASUREMENTS.get(name)(model, tokenizer, config, using)
     finally:
         model.train(training)
         for parameter in trained:

@@ -22,8 +22,6 @@ HAYSTACKS = ("novel", "filler")
 DISTRACTOR_EVERY = 128
 """Tokens between two distractor facts in the distractor row."""
 MOST_DISTRACTORS = 32
-SETS = ("quick", "perplexity", "recall", "probes")
-"""Named sets of measurements: everything, or one kind of it."""
 COMBINED = "memory_and_pairs_off"
 ABLATIONS = {
     "memory_off": {"memory": True},
@@ -109,7 +107,9 @@ def plan_for(budget: EvalBudget, parts: dict[str, int], *, phase: str, final: bo
 
 
 def only(plan: Plan, name: str) -> Plan:
-    """What of a plan belongs to one of SETS."""
+    """What of a plan belongs to a base (`eval.base`): quick is all of it."""
+    if name == "none":
+        return Plan(perplexity=False, probes=False, layer_outputs=False)
     if name == "perplexity":
         return Plan(probes=False, layer_outputs=False, perplexity_ablations=plan.perplexity_ablations)
     if name == "recall":

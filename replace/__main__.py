@@ -144,9 +144,12 @@ def _launch(arguments: list[str], resumed: Config | None) -> int:
 
 
 def _validate(config: Config) -> None:
+    from eval.measurements import MEASUREMENTS
     from replace.validation import validate
 
     validate(config)
+    for name in config.eval.more:  # here, because replace knows nothing of eval
+        MEASUREMENTS.get(name)
 
 
 def _describe(config: Config) -> None:

@@ -155,9 +155,15 @@ class LoraConfig:
 
 @dataclass
 class EvalConfig:
-    """What is measured: a named set, quick (everything), perplexity, recall or probes."""
+    """What is measured: a named set, and how it is made up.
+
+    `base` is what every phase gets: quick (perplexity, probes, recall), one of these alone, or none; `more`
+    names measurements for the teacher and the last phase (`eval/measurements/`).
+    """
 
     name: str = "quick"
+    base: str = "quick"
+    more: list[str] = field(default_factory=list)
 
 
 @dataclass

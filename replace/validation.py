@@ -19,6 +19,7 @@ GATES = ("head", "token")
 WRITE_GATES = ("none", "token")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 LOSSES = ("mse", "huber", "cosine", "attention_weights")
+BASES = ("quick", "perplexity", "recall", "probes", "none")
 OBJECTIVES = ("kl", "ce", "mix")
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 EPISODE = 128
@@ -138,6 +139,7 @@ def _check_run(config: Config) -> None:
         )
     _one_of("lora.kind", config.lora.kind, ("none",))
     _one_of("eval.name", config.eval.name, tuple(choices("eval")))
+    _one_of("eval.base", config.eval.base, BASES)
     _one_of("logger.kind", config.logger.kind, ("none", "wandb"))
 
 
