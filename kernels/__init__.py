@@ -1,4 +1,39 @@
 """The attention operators: for each a token-by-token reference and a chunked form that must equal it.
 
-Torch is all that is imported, because transformers probes the name `kernels` while it is being imported.
+    from kernels import linear_attention
+
+    out, state = linear_attention(phi_q, phi_k, v)
+
+An operator's folder holds `reference.py` (token by token), `chunk.py` (plain PyTorch), `fused.py` (Triton),
+`library.py` (the fused one as a torch.library operator) and `op.py` (what is public). Importing this package
+imports none of them, nor torch: transformers probes the name `kernels` while it is being imported.
 """
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kernels.linear_attention.op import linear_attention, linear_attention_step
+    from kernels.linear_attention.state import LinearState
+
+__all__ = ["LinearState", "linear_attention", "linear_attention_step"]
+
+_PLACES = {
+    "LinearState": "kernels.linear_attention.state",
+    "linear_attention": "kernels.linear_attention.op",
+    "linear_attention_step": "kernels.linear_attention.op",
+}
+
+# An operator and its folder share a name. The first import of a folder binds that name to the folder, so it is
+# done here, once, and the name is freed for the operator; `from kernels.linear_attention import chunk` still works.
+for _folder in ("linear_attention",):
+    importlib.import_module(f"{__name__}.{_folder}")
+    globals().pop(_folder, None)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(importlib.import_module(_PLACES[name]), name)
+    globals()[name] = found
+    return found

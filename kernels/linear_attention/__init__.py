@@ -1,0 +1,1 @@
+"""Causal linear attention on feature-mapped queries and keys, with a state of sums."""
