@@ -24,8 +24,9 @@ _PLACES = {
     "linear_attention_step": "kernels.linear_attention.op",
 }
 
-# An operator and its folder share a name. The first import of a folder binds that name to the folder, so it is
-# done here, once, and the name is freed for the operator; `from kernels.linear_attention import chunk` still works.
+# An operator and its folder share a name. The first import of a folder binds that name to the folder, so it
+# is done here, once, and the name is freed for the operator; `from kernels.linear_attention import chunk`
+# still finds the folder.
 for _folder in ("linear_attention",):
     importlib.import_module(f"{__name__}.{_folder}")
     globals().pop(_folder, None)

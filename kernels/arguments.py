@@ -4,6 +4,7 @@ Nothing here waits for a device, but for `check_borders`, which reads the border
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -92,7 +93,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None)
     if cu_seqlens is not None:
         expect("cu_seqlens", cu_seqlens, "N + 1", (None,), INTEGERS, q.device)
         if cu_seqlens.shape[0] < 2:
-            raise ValueError(f"cu_seqlens has shape {_shape(cu_seqlens)}; expected [N + 1] with N of 1 or more.")
+            raise ValueError(f"cu_seqlens has shape {_shape(cu_seqlens)}; expected [N + 1], N of 1 or more.")
         if batch != 1:
             raise ValueError(f"q has shape {_shape(q)}; expected [B, T, H, F] with B = 1 beside cu_seqlens.")
         states = cu_seqlens.shape[0] - 1
@@ -118,7 +119,8 @@ def check_one_token(q: Tensor, k: Tensor, v: Tensor) -> Sizes:
 def _check_groups(q: Tensor, k: Tensor, heads: int, groups: int) -> None:
     if heads % groups:
         raise ValueError(
-            f"q has shape {_shape(q)} and k {_shape(k)}; expected H = {heads} to be a multiple of G = {groups}."
+            f"q has shape {_shape(q)} and k {_shape(k)}; expected H = {heads} to be a multiple of "
+            f"G = {groups}."
         )
 
 
@@ -164,8 +166,9 @@ _checked: WeakIdKeyDictionary = WeakIdKeyDictionary()
 def check_borders(cu_seqlens: Tensor, length: int) -> None:
     """The values of cu_seqlens: 0 first, T last, rising, so that no sequence is empty.
 
-    They are read once a tensor, since the same one is given to every layer; on a GPU that waits for it, unless a
-    CUDA graph is being captured. What is not checked cannot do harm: `chunk_table` holds the values to 0..T.
+    They are read once a tensor, since the same one is given to every layer; on a GPU that waits for it,
+    unless a CUDA graph is being captured. What is not checked cannot do harm: `chunk_table` holds the values
+    to 0..T.
 
     Raises:
         ValueError: with the first border that is wrong.
@@ -181,7 +184,7 @@ def check_borders(cu_seqlens: Tensor, length: int) -> None:
         raise ValueError(f"cu_seqlens[0] is {borders[0]}; expected 0.")
     if borders[-1] != length:
         raise ValueError(f"cu_seqlens ends with {borders[-1]}; expected T = {length}.")
-    for n, (start, stop) in enumerate(zip(borders, borders[1:], strict=False)):
+    for n, (start, stop) in enumerate(pairwise(borders)):
         if stop <= start:
             raise ValueError(
                 f"cu_seqlens[{n + 1}] is {stop} after {start}; expected rising values, no sequence empty."

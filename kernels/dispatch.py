@@ -1,4 +1,4 @@
-"""Which form of an operator runs: chosen by device, dtype and architecture, or forced; said once, with the reason."""
+"""Which form of an operator runs: chosen by device, dtype and architecture, or forced; and said, with why."""
 
 import importlib
 import importlib.util
@@ -56,7 +56,9 @@ def fla_refusal(module: str, name: str, device: torch.device) -> str | None:
     return None if device.type == "cuda" else f"it needs a GPU, and the tensors are on {device.type}"
 
 
-def choose(op: str, backend: str, device: torch.device, dtype: torch.dtype, refusal: str | None = None) -> str:
+def choose(
+    op: str, backend: str, device: torch.device, dtype: torch.dtype, refusal: str | None = None
+) -> str:
     """The form of operator `op` to run: "triton", "chunk", "reference" or "fla".
 
     Args:
@@ -86,8 +88,8 @@ def _choose(op: str, backend: str, place: str, dtype: torch.dtype, refusal: str 
     return _say(op, "triton", f"{dtype} on {torch.cuda.get_device_name(device)}")
 
 
-# torch.compile is to call this while it traces and keep the answer, instead of tracing the search for packages and the
-# log. It is what torch.compiler.assume_constant_result does, which would import all of torch._dynamo (1.4 s) here.
+# torch.compile is to call this while it traces and keep the answer, instead of tracing the search for
+# packages and the log. torch.compiler.assume_constant_result does no more, but imports torch._dynamo (1.4 s).
 _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 class Chunks(NamedTuple):
     """The chunks of a packed row, in order, and after them some empty ones.
 
-    How many there are depends on the sequences' lengths, which the host does not know without waiting for the
-    device; so there are always T // C + N of them, enough for any N lengths, and the spare ones hold no token.
+    How many there are depends on the sequences' lengths, which the host does not know without waiting for
+    the device; so there are always T // C + N of them, enough for any lengths, and the spare ones hold none.
     """
 
     offsets: Tensor

@@ -30,8 +30,8 @@ def tolerance(dtype: torch.dtype, device: str = "cpu", gradient: bool = False) -
 
 def rms_ratio(got: Tensor, want: Tensor) -> float:
     """RMS of the difference over the RMS of `want`, in fp64; of a `want` of zeros, the RMS of `got`."""
-    difference, size = (got.detach().cpu().double() - want.detach().cpu().double()), want.detach().cpu().double()
-    error, scale = difference.square().mean().sqrt(), size.square().mean().sqrt()
+    have, truth = (x.detach().cpu().double() for x in (got, want))
+    error, scale = (x.square().mean().sqrt() for x in (have - truth, truth))
     return float(error / scale) if float(scale) > 0 else float(error)
 
 
@@ -48,13 +48,14 @@ def assert_close(name: str, got: Tensor, want: Tensor, ratio: float) -> None:
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Inside, `torch.empty` and its kin hold NaN: a kernel that leaves a part of its output unwritten shows it."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    """Inside, `torch.empty` and its kin hold NaN: what a kernel leaves unwritten shows.
+
+    It is torch's own filling of new memory under deterministic algorithms.
+    """
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        torch.use_deterministic_algorithms(enabled, warn_only=warned)

@@ -9,7 +9,7 @@ from hypothesis import settings
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 
-# Without a GPU the Triton kernels run in its interpreter. Triton reads this when it is first imported, which is why it
+# Without a GPU the Triton kernels run in its interpreter. Triton reads this when it is first imported, so it
 # is set here, before any test is.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

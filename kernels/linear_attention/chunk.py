@@ -4,8 +4,8 @@ With a chunk's tokens as rows and (M, z) the sums before it:
 
     num = Q M + tril(Q K^T) V,   den = Q z + tril(Q K^T) 1,   M' = M + K^T V,   z' = z + K^T 1
 
-Chunks are taken `PIECE` at a time: few enough that what they make stays in the processor's cache, so that a token
-costs the same at any length, and many enough that Python's share is small.
+Chunks are taken `PIECE` at a time: few enough that what they make stays in the processor's cache, so that a
+token costs the same at any length, and many enough that Python's share is small.
 """
 
 import torch
@@ -59,9 +59,9 @@ def linear_attention(
     if cu_seqlens is None:
         q, k, v = (_cut(x, size) for x in (q, k, v))
         outs, carry = [], initial
-        for part in zip(*(x.split(piece, 1) for x in (q, k, v)), strict=True):
-            before, carry = _states(*_updates(*part[1:]), carry)
-            outs.append(_read(*part, before, normalize, eps))
+        for rows, keys, values in zip(*(x.split(piece, 1) for x in (q, k, v)), strict=True):
+            before, carry = _states(*_updates(keys, values), carry)
+            outs.append(_read(rows, keys, values, before, normalize, eps))
         return torch.cat(outs, 1).flatten(1, 2)[:, :length].to(dtype), carry
     chunks = chunk_table(cu_seqlens, length, size)
     slot = torch.arange(size, device=q.device)
@@ -72,9 +72,10 @@ def linear_attention(
     outs, states = [], []
     held = LinearState(*(torch.zeros_like(x[:1]) for x in initial))
     places = torch.arange(q.shape[1], device=q.device).split(piece)
-    for part, place in zip(zip(*(x.split(piece, 1) for x in (q, k, v)), strict=True), places, strict=True):
-        before, after = _packed_states(*_updates(*part[1:]), held, initial, chunks, place)
-        outs.append(_read(*part, before, normalize, eps))
+    pieces = zip(*(x.split(piece, 1) for x in (q, k, v)), places, strict=True)
+    for rows, keys, values, place in pieces:
+        before, after = _packed_states(*_updates(keys, values), held, initial, chunks, place)
+        outs.append(_read(rows, keys, values, before, normalize, eps))
         states.append(after)
         held = LinearState(after.M[-1:], after.z[-1:])
     out = torch.cat(outs, 1).flatten(1, 2)[:, _slots(cu_seqlens, chunks, length, size)]
@@ -122,11 +123,14 @@ def _states(M: Tensor, z: Tensor, carry: LinearState) -> tuple[LinearState, Line
 def _packed_states(
     M: Tensor, z: Tensor, held: LinearState, initial: LinearState, chunks: Chunks, place: Tensor
 ) -> tuple[LinearState, LinearState]:
-    """The states before each of the chunks `place [P]` of a packed row, `[1, P, G, ...]`, and after, `[P, G, ...]`.
+    """The states before and after each of the chunks `place [P]` of a packed row.
 
     Args:
         M, z: what the chunks add.
         held: the state after the chunk before them, `[1, G, ...]`.
+
+    Returns:
+        M `[1, P, G, F, D]` and z `[1, P, G, F]` before, and M `[P, G, F, D]` and z `[P, G, F]` after.
     """
     sequence = chunks.sequence[place]
     first = place == chunks.offsets[sequence]

@@ -1,4 +1,4 @@
-"""Linear attention by flash-linear-attention's `chunk_linear_attn`, where that is installed: to compare with."""
+"""Linear attention by flash-linear-attention's `chunk_linear_attn`, where installed: to compare with."""
 
 import importlib
 

@@ -1,19 +1,25 @@
 """Linear attention in Triton, forward and backward.
 
-Tokens are cut into chunks of C. Forward: `_states` walks the chunks of a sequence and stores the sums M, z before
-each; `_output` then computes all chunks at once, as `chunk.py` does. With w = dout / den, u = -(dout . out) / den
-(normalised; else w = dout and u = 0) and P = tril(Q K^T), the backward is
+Tokens are cut into chunks of C. Forward: `_states` walks the chunks of a sequence and stores the sums M, z
+before each; `_output` then computes all chunks at once, as `chunk.py` does. With P = tril(Q K^T) and, where
+normalised, W = dOut / den and u = -(dOut . Out) / den (else W = dOut and u = 0), the backward is
 
-    dP = tril(W V^T + u 1^T),   dQ = dP K + W M^T + u z^T,   dK = dP^T Q + V dM'^T + dz',   dV = P^T W + K dM'
+    dP = tril(W V^T + u 1^T)        dQ = dP K + W M^T + u z^T
+    dK = dP^T Q + V dM'^T + dz'     dV = P^T W + K dM'
 
-where dM', dz' are the gradients of the sums *after* the chunk, which `_state_gradients` finds by walking backwards:
-dM = dM' + Q^T W, dz = dz' + Q^T u. `_gradients` then computes all chunks at once. The query heads of a group are
-summed inside a program, so no two programs write the same place: equal inputs give equal bits.
+where dM', dz' are the gradients of the sums *after* the chunk. `_state_gradients` finds them walking
+backwards, dM = dM' + Q^T W, dz = dz' + Q^T u, and `_gradients` then computes all chunks at once. The query
+heads of a group are summed inside a program, so that no two programs write the same place: equal inputs give
+equal bits.
 
-Where one walk a sequence and tile would leave the GPU idle, a sequence's chunks are divided into segments: a first
-walk sums each segment, the second begins at the sum of the segments before its own.
+Where one walk a sequence and tile would leave the GPU idle, a sequence's chunks are divided into segments: a
+first walk sums each segment, the second begins at the sum of the segments before its own.
 
 What is stored for the backward, beside inputs and output, is T/C x F x D states and T denominators a head.
+
+Masks are built of whole rows: the interpreter of Triton 3.9 turns `row & scalar` into integers, so a
+condition on a scalar is an `if`. No key or value of a token that is not written is loaded, since 0 times NaN
+is NaN.
 """
 
 import functools
@@ -158,7 +164,10 @@ def _output(
     NORMALIZE: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """BD columns of one head's output in one chunk; heads of a group run side by side and share what they load."""
+    """BD columns of one head's output in one chunk.
+
+    The heads of a group run side by side, so that what they share is still in the cache.
+    """
     DB: tl.constexpr = (D + BD - 1) // BD
     pid = tl.program_id(0)
     d = pid % DB * BD + tl.arange(0, BD)
@@ -222,8 +231,8 @@ def _state_gradients(
 ):  # fmt: skip
     """As `_states`, from the last chunk to the first: the gradients of the state *after* each chunk.
 
-    The walk begins with those of the final state and ends with those of the initial one. Segment 0 is the last
-    in time.
+    The walk begins with those of the final state and ends with those of the initial one. Segment 0 is the
+    last in time.
     """
     FB: tl.constexpr = (F + BF - 1) // BF
     DB: tl.constexpr = (D + BD - 1) // BD
@@ -371,7 +380,7 @@ def _one_token(
     F: tl.constexpr, D: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr,
     NORMALIZE: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
-    """BD columns of one row's and group's state: read once, written once, and asked by each of the group's heads."""
+    """BD columns of one row's and group's state, read and written once, asked by each head of the group."""
     DB: tl.constexpr = (D + BD - 1) // BD
     pid = tl.program_id(0)
     d = pid % DB * BD + tl.arange(0, BD)
@@ -507,8 +516,8 @@ def forward(
         block, segments: as in `plan`.
 
     Returns:
-        out `[B, T, H, D]`, the final M and z, the denominators `[B, T, H]` (of no meaning unless normalised), and
-        the states before each chunk, `[X, G, F, D]` and `[X, G, F]`.
+        out `[B, T, H, D]`, the final M and z, the denominators `[B, T, H]` (of no meaning unless normalised),
+        and the states before each chunk, `[X, G, F, D]` and `[X, G, F]`.
     """
     (batch, length, heads, features), (groups, width) = q.shape, v.shape[2:]
     cut = _Cut.of(q, cu_seqlens)
@@ -578,7 +587,7 @@ def backward(
     Returns:
         dq, dk, dv, and the gradients of the initial M and z.
     """
-    (batch, length, heads, features), (groups, width) = q.shape, v.shape[2:]
+    (heads, features), (groups, width) = q.shape[2:], v.shape[2:]
     cut = _Cut.of(q, cu_seqlens)
     settings = plan(q, v, groups, cut.states, cut.row, block, segments)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
@@ -603,8 +612,8 @@ def backward(
     launch = {"num_warps": settings.warps, "num_stages": settings.stages}
     for store in _passes(settings.segments):
         _state_gradients[(blocks[0] * blocks[1] * settings.segments * groups * cut.states,)](
-            q, dout, den, u, dM, dz, sums_M, sums_z, after_M, after_z, initial_M, initial_z, cut.cu, cut.offsets,
-            cut.length, cut.row, heads, groups, settings.segments, eps,
+            q, dout, den, u, dM, dz, sums_M, sums_z, after_M, after_z, initial_M, initial_z,
+            cut.cu, cut.offsets, cut.length, cut.row, heads, groups, settings.segments, eps,
             STORE=store, HAS_FINAL=dM is not None, **sizes, **common, **launch,
         )  # fmt: skip
     _gradients[(max(blocks) * groups * cut.total,)](
@@ -625,11 +634,12 @@ def step(
     block_d = min(triton.next_power_of_2(width), max(8, 8192 // block_f), 32)
     _one_token[(batch * groups * triton.cdiv(width, block_d),)](
         q, k, v, mask, M, z, new_M, new_z, out, heads, groups, eps,
-        F=features, D=width, BF=block_f, BD=block_d, NORMALIZE=normalize, HAS_MASK=mask is not None, num_warps=4,
+        F=features, D=width, BF=block_f, BD=block_d, NORMALIZE=normalize, HAS_MASK=mask is not None,
+        num_warps=4,
     )  # fmt: skip
     return out, new_M, new_z
 
 
 def default_precision(q: Tensor) -> str:
-    """Of products of fp32: exact for fp32 inputs; as fine as fp16 for fp16 ones, whose range alone is too small."""
+    """Of products of fp32: exact for fp32 inputs, as fine as fp16 for fp16 ones, whose range is too small."""
     return "ieee" if q.dtype == torch.float32 or interpreted() else "tf32"

@@ -44,24 +44,26 @@ def linear_attention(
 
         M_t = M_{t-1} + k_t^T v_t,   z_t = z_{t-1} + k_t,   out_t = q_t M_t / max(q_t . z_t, eps)
 
-    in O(T) time and memory. Sums are fp32 (fp64 for fp64 inputs); autograd reaches q, k, v and the initial state.
+    in O(T) time and memory. Sums are fp32 (fp64 for fp64 inputs); gradients reach q, k, v and the initial
+    state.
 
     Args:
         q: `[B, T, H, F]`, phi(q), scaled as the caller wants it; fp16, bf16, fp32 or fp64.
         k: `[B, T, G, F]`, phi(k); G divides H, and head h uses group h // (H / G).
         v: `[B, T, G, D]`.
-        initial_state: M `[B, G, F, D]` and z `[B, G, F]` of earlier tokens, sums in fp32 (fp64 for fp64 inputs);
-            None for an empty one.
-        mask: `[B, T]` bool, False where a token is not written, whatever its k and v hold, NaN included; what it
-            reads is computed all the same. A token that is written has to be finite: it may spoil those before
-            it in its chunk.
+        initial_state: M `[B, G, F, D]` and z `[B, G, F]` of earlier tokens, sums in fp32 (fp64 for fp64
+            inputs); None for an empty one.
+        mask: `[B, T]` bool, False where a token is not written, whatever its k and v hold, NaN included; what
+            it reads is computed all the same. A token that is written has to be finite: it may spoil those
+            before it in its chunk.
         cu_seqlens: `[N + 1]` int32 or int64, where the N sequences packed into one row (B = 1) begin and end;
-            states then have N in the place of B. Its values are read once a tensor; not under torch.compile.
+            states then have N in the place of B. Its values are read once a tensor, which on a GPU waits; the
+            chunked form under torch.compile does not read them.
         normalize: False gives out_t = q_t M_t.
         eps: the smallest divisor. Where q_t . z_t is below 1e-9 nothing is held, and out_t is 0.
         backend: "auto", "triton", "chunk", "reference" or "fla".
-        input_precision: how Triton multiplies fp32 numbers: "ieee", "tf32" or "tf32x3"; by default "ieee" for fp32
-            inputs.
+        input_precision: how Triton multiplies fp32 numbers: "ieee", "tf32" or "tf32x3"; by default "ieee" for
+            fp32 inputs.
 
     Returns:
         out `[B, T, H, D]` in v's dtype, and the state after the last token.

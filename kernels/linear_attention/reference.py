@@ -1,5 +1,7 @@
 """Linear attention token by token (Katharopoulos et al. 2020, eq. 16-20): what all other forms must equal."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -42,12 +44,14 @@ def linear_attention(
     """`kernels.linear_attention`, one token after the other, in fp32 or fp64; arguments checked before."""
     q, k, v, dtype = wide(q), wide(k), wide(v), v.dtype
     if cu_seqlens is not None:
-        borders = cu_seqlens.tolist()
         outs, states = [], []
-        for n, (start, stop) in enumerate(zip(borders, borders[1:], strict=False)):
-            part = [None if x is None else x[:, start:stop] for x in (q, k, v, mask)]
+        for n, (start, stop) in enumerate(pairwise(cu_seqlens.tolist())):
+            part = slice(start, stop)
             held = LinearState(initial.M[n : n + 1], initial.z[n : n + 1])
-            out, state = linear_attention(*part[:3], held, part[3], None, normalize, eps)  # type: ignore[arg-type]
+            written = None if mask is None else mask[:, part]
+            out, state = linear_attention(
+                q[:, part], k[:, part], v[:, part], held, written, None, normalize, eps
+            )
             outs.append(out)
             states.append(state)
         M, z = zip(*states, strict=True)

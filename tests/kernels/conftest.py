@@ -1,4 +1,4 @@
-"""Which of the fused kernels' tests can run here: `gpu` on a CUDA device, `interpret` in Triton's interpreter."""
+"""Which tests of fused kernels can run here: `gpu` on a CUDA device, `interpret` in Triton's interpreter."""
 
 import importlib.util
 
@@ -15,4 +15,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("gpu") and (interpreted() or not torch.cuda.is_available()):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and TRITON_INTERPRET unset"))
         if item.get_closest_marker("interpret") and not (interpreted() and installed):
-            item.add_marker(pytest.mark.skip(reason="needs triton and TRITON_INTERPRET=1, which a GPU rules out"))
+            item.add_marker(pytest.mark.skip(reason="needs triton and TRITON_INTERPRET=1"))
