@@ -18,7 +18,7 @@ from kernels.packing import Chunks, chunk_table
 CHUNK = 64
 """C, tokens a chunk."""
 
-PIECE = 16
+PIECE = 8
 """Chunks computed at once."""
 
 

@@ -315,7 +315,7 @@ def _gradients(
     write = _written(mask, t, rows, HAS_MASK)
     held = i.to(tl.int64) * G + g
     order = tl.arange(0, C)
-    causal = (order[:, None] >= order[None, :]) & write[None, :]
+    causal = order[:, None] >= order[None, :]
     own_keys = _tile(k, t, G, g, own_f, write, F).to(OPERAND)
     own_z = tl.load(states_z + held * F + own_f, mask=own_f < F, other=0.0)
     grad_k = tl.zeros([C, BF], tl.float32)
