@@ -430,6 +430,20 @@ def _machine(device: torch.device) -> tuple[tuple[int, int], int]:
     return (properties.major, properties.minor), properties.multi_processor_count
 
 
+def largest_block(capability: tuple[int, int], dtype: torch.dtype) -> int:
+    """The columns of F and D a program may hold, so that each kernel fits the shared memory.
+
+    That is 64 KB on Turing, 99 KB on consumer GPUs since, 163 KB or more on those named here.
+    """
+    if capability < (8, 0) or dtype == torch.float32:
+        return 32
+    return 128 if dtype == torch.bfloat16 and capability in {(8, 0), (9, 0), (10, 0)} else 64
+
+
+# The backward holds three accumulators: more warps keep them in registers, and a second stage would not fit.
+GRADIENTS = {"num_warps": 8, "num_stages": 1}
+
+
 def plan(q: Tensor, v: Tensor, groups: int, states: int, chunks: int, block: int, segments: int) -> Plan:
     """Blocks that fit the shared memory, and segments enough to give every multiprocessor two walks.
 
@@ -438,11 +452,7 @@ def plan(q: Tensor, v: Tensor, groups: int, states: int, chunks: int, block: int
         block, segments: to force them, 0 to choose.
     """
     capability, processors = _machine(q.device)
-    if not block:
-        if capability < (8, 0):
-            block = 32  # 64 KB
-        else:
-            block = 128 if q.dtype == torch.bfloat16 and capability in ((8, 0), (9, 0), (10, 0)) else 64
+    block = block or largest_block(capability, q.dtype)
     block_f, block_d = (max(16, min(triton.next_power_of_2(n), block)) for n in (q.shape[-1], v.shape[-1]))
     if not segments:
         walks = states * groups * triton.cdiv(q.shape[-1], block_f) * triton.cdiv(v.shape[-1], block_d)
@@ -619,7 +629,7 @@ def backward(
     _gradients[(max(blocks) * groups * cut.total,)](
         q, k, v, mask, dout, den, u, states_M, states_z, after_M, after_z, dq, dk, dv, cut.starts, cut.stops,
         cut.length, cut.row, heads, groups, eps,
-        HAS_MASK=mask is not None, **sizes, **common, **launch,
+        HAS_MASK=mask is not None, **sizes, **common, **GRADIENTS,
     )  # fmt: skip
     return dq, dk, dv, initial_M, initial_z
 

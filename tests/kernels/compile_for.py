@@ -1,0 +1,69 @@
+"""Compile the fused kernels for a GPU that need not be there, and print the shared memory of each, as JSON.
+
+    python tests/kernels/compile_for.py <compute capability, such as 90> <bf16 | fp16 | fp32> <F and D>
+
+It runs in a process of its own, because under TRITON_INTERPRET=1 there is nothing to compile.
+"""
+
+import json
+import sys
+
+import torch
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+from kernels.linear_attention import fused
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+INPUTS = {"q", "k", "v", "out", "dout", "dq", "dk", "dv"}
+STORED = {"states_M", "after_M"}
+SIZES = {"T", "NT", "H", "G", "SEGMENTS", "rows"}
+
+
+def pointer(name: str, dtype: str) -> str:
+    """The type of one of the kernels' arguments."""
+    if name in INPUTS:
+        return f"*{dtype}"
+    if name in STORED:
+        return "*bf16" if dtype == "bf16" else "*fp32"
+    if name in {"cu", "offsets", "starts", "stops"}:
+        return "*i64"
+    if name in SIZES:
+        return "i32"
+    return {"eps": "fp32", "mask": "*i1"}.get(name, "*fp32")
+
+
+def shared(kernel: object, capability: int, dtype: str, constants: dict, options: dict) -> int:
+    """Compile one kernel; the shared memory it takes."""
+    names = kernel.arg_names  # type: ignore[attr-defined]
+    given = {name: constants[name] for name in names if name in constants}
+    types = {name: "constexpr" if name in given else pointer(name, dtype) for name in names}
+    places = {(names.index(name),): value for name, value in given.items()}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name][0] == "*"}
+    source = ASTSource(kernel, types, places, aligned)
+    return compile(source, target=GPUTarget("cuda", capability, 32), options=options).metadata.shared
+
+
+def main(capability: int, dtype: str, width: int) -> dict[str, int]:
+    """Every kernel, with everything switched on that a packed, masked and normalised call switches on."""
+    block = min(width, fused.largest_block(divmod(capability, 10), DTYPES[dtype]))
+    constants = {"F": width, "D": width, "C": fused.CHUNK, "BF": block, "BD": block}
+    constants |= dict.fromkeys(("STORE", "HAS_INITIAL", "HAS_FINAL", "HAS_MASK", "PACKED", "NORMALIZE"), True)
+    constants |= {"OPERAND": tl.bfloat16 if dtype == "bf16" else tl.float32}
+    constants |= {"PRECISION": "ieee" if dtype == "fp32" else "tf32"}
+    options = {"num_warps": 8 if block > 64 else 4, "num_stages": 2 if capability >= 80 else 1}
+    found = {
+        kernel.__name__: shared(kernel, capability, dtype, constants, options)
+        for kernel in (fused._states, fused._output, fused._state_gradients)
+    }
+    found["_gradients"] = shared(fused._gradients, capability, dtype, constants, fused.GRADIENTS)
+    step = constants | {"BF": width, "BD": 32}
+    found["_one_token"] = shared(fused._one_token, capability, dtype, step, {})
+    rows = {"D": width, "BD": width, "BR": 16}
+    found["_denominator_gradients"] = shared(fused._denominator_gradients, capability, dtype, rows, {})
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]))))
