@@ -108,10 +108,12 @@ class Definition:
 
         Where retained pairs are no part of the memory, a block writes what lost its place when it left.
         """
-        blocks, held = [], []
+        blocks: list[list[int]] = []
+        held: list[int] = []
         for end in range(self.size, left + 1, self.size):
             new = [j for j in self.leaves(g, end) if j >= end - self.size]
-            kept = [] if self.mixer.holds_retained else self.retained(g, end)
+            # Under one denominator a pair may count once only; a memory with its own may hold all.
+            kept = self.retained(g, end) if self.mixer.needs_mass else []
             blocks.append([j for j in sorted(held + new) if j not in kept])
             held = kept
         return blocks
@@ -177,10 +179,9 @@ class Definition:
         keys, values = (y.transpose(0, 1)[None] for y in (k, self.v))
         states = [self.v.new_zeros(1, self.k.shape[0], k.shape[-1], self.v.shape[-1])]
         for end in range(self.size, self.length + 1, self.size):
-            block = (y[:, end - self.size : end] for y in (keys, keys, values, step, log_decay))
-            states.append(
-                gated_delta_rule(*block, initial_state=states[-1], mask=seen[:, end - self.size : end])[1]
-            )
+            given = (keys, keys, values, step, log_decay, seen)
+            q, k, v, beta, decay, mask = (y[:, end - self.size : end] for y in given)
+            states.append(gated_delta_rule(q, k, v, beta, decay, states[-1], mask)[1])
         return [state[0] for state in states]
 
 

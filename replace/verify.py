@@ -1,8 +1,8 @@
 """`python -m replace.verify model=... attention=... layers=...`: what must hold, measured on your own model.
 
-The command line is that of `python -m replace` as far as model, attention and layers go, with `+exp=` and, besides,
-`quick=true` (what a run checks at conversion, in seconds) and `json=true`. Exit code 0: everything holds; 1:
-something fails; 2: the command line is at fault.
+The command line is that of `python -m replace` as far as model, attention and layers go, with `+exp=` and,
+besides, `quick=true` (what a run checks at conversion, in seconds) and `json=true`. Exit code 0: everything
+holds; 1: something fails; 2: the command line is at fault.
 """
 
 import json
@@ -22,7 +22,7 @@ from replace.validation import selected, validate_swap
 
 if TYPE_CHECKING:
     from replace.convert import SwapSpec
-    from replace.loading import Loaded
+    from replace.loading import Loaded, ModelFacts
     from replace.properties import Finding
 
 START = """Measure on your own model what must hold for every replaced layer, before you train it.
@@ -43,8 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         switches, overrides = _switches(arguments)
         config = compose(overrides)
-        facts = validate_swap(config)
-        return _run(config, facts.layers, **switches)
+        return _run(config, validate_swap(config), **switches)
     except (UserError, OSError) as error:
         if any(argument.lower() == "verbose=true" for argument in arguments):
             traceback.print_exc()
@@ -68,13 +67,16 @@ def _switches(arguments: Sequence[str]) -> tuple[dict[str, bool], list[str]]:
     return switches, rest
 
 
-def _run(config: Config, count: int, json: bool, quick: bool) -> int:
+def _run(config: Config, facts: "ModelFacts", json: bool, quick: bool) -> int:
     # Only here: torch and transformers take seconds to import.
     from transformers.utils import logging as transformers_logging
 
     from replace.loading import load_model
     from replace.machine import device_of_choice
+    from replace.properties.examine import check_length
 
+    if not quick:
+        check_length([config.attention], facts.max_position)
     for noisy in ("transformers", "replace"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()
@@ -86,7 +88,7 @@ def _run(config: Config, count: int, json: bool, quick: bool) -> int:
     loaded = load_model(config.model)
     loaded.model.to(device_of_choice())  # type: ignore[arg-type]  # transformers' decorated `to`
     spec = _spec(config, loaded)
-    title = f"{config.attention.name} in {len(spec.layers)} of {count} layers of {config.model.kind}"
+    title = f"{config.attention.name} in {len(spec.layers)} of {facts.layers} layers of {config.model.kind}"
     findings = []
     if not json:
         sys.stdout.write(f"{title}\n\n{'verdict':14} {'figure':>9} {'limit':>8}  property\n")

@@ -42,9 +42,11 @@ class Property:
     measure: Callable[[Any], Outcome]
 
     @torch.no_grad()
-    def on(self, subject: object, prefix: str = "") -> Finding:
-        """Measure it; `prefix` says on what."""
-        return found(prefix + self.name, self.meaning, self.measure(subject))
+    def on(self, *subjects: object, prefix: str = "") -> Finding:
+        """Measure it on one or several, of which the worst counts; `prefix` says on what."""
+        outcomes = [self.measure(subject) for subject in subjects]
+        worst = max(outcomes, key=lambda x: -1.0 if isinstance(x, str) else x[0])
+        return found(prefix + self.name, self.meaning, worst)
 
 
 def found(name: str, meaning: str, outcome: Outcome) -> Finding:

@@ -21,7 +21,7 @@ from replace.properties import layer as layer_properties
 from replace.properties import model as model_properties
 from replace.properties.layer import Layer
 from replace.properties.model import Whole
-from replace.rotary import Rotary, family_rotation, unrotate
+from replace.rotary import Rotary, RotarySpec, family_rotation, unrotate
 
 LARGEST = 1_000_000_000
 """Models with more parameters are examined in their own precision, which needs no second copy."""
@@ -36,23 +36,27 @@ def examine(model: PreTrainedModel, spec: SwapSpec) -> Iterator[Finding]:
     New parameters are moved away from their neutral start first. The model is afterwards as it was.
 
     Raises:
-        UserError: the swap is refused, or the model has too few positions for these windows.
+        UserError: the swap is refused, or the model has too few positions for these windows and pairs.
     """
-    length = length_for(list(spec.layers.values()))
-    ids = texts(model, length)
+    options = list(spec.layers.values())
+    check_length(options, model.config.get_text_config(decoder=True).max_position_embeddings)
+    ids = texts(model, length_for(options))
     with _undisturbed(model), _precise(model) as limit:
-        want = _logits(model, ids[:1])
+        tables: dict[int, Any] = {}
+        with _listening(model, tables):
+            want = _logits(model, ids[:1])
         yield _identity(model, spec, ids[:1], want, limit)
-        yield _unrotation(model, spec, length)
+        yield _unrotation(model, spec, tables)
         yield _everything_exact(model, spec, ids[:1], want)
-        with _swapped(model, spec.layers):
+        with _swapped(model, spec.layers, spec.rotary):
             for mixer in mixers(model).values():
                 scatter(mixer)
             # Layers first: what they say is precise, and costs little.
-            for one in _layers(model, ids[:2]):
+            for alike in _layers(model, ids[:2]):
+                prefix = f"layers {', '.join(str(one.index) for one in alike)}: "
                 for prop in layer_properties.PROPERTIES:
-                    yield prop.on(one, f"layer {one.index}: ")
-            whole = Whole(model, ids, limit, _exact(list(spec.layers.values())))
+                    yield prop.on(*alike, prefix=prefix)
+            whole = Whole(model, ids, limit, _exact(options))
             for prop in model_properties.PROPERTIES:
                 yield prop.on(whole)
 
@@ -62,7 +66,7 @@ def quick(model: PreTrainedModel) -> list[Finding]:
 
     The model is afterwards exactly as it was: weights, counters, the state of random numbers.
     """
-    held = {
+    held: dict[nn.Module, dict[str, Any]] = {
         mixer: {n: vars(mixer)[n] for n in ("calls", "clamped", "nonfinite") if n in vars(mixer)}
         for mixer in mixers(model).values()
     }
@@ -71,7 +75,11 @@ def quick(model: PreTrainedModel) -> list[Finding]:
     try:
         with _undisturbed(model):
             drawn = _drawn_layers(model)
-            findings = [p.on(one, f"layer {one.index}: ") for one in drawn for p in layer_properties.QUICK]
+            findings = [
+                prop.on(one, prefix=f"layer {one.index}: ")
+                for one in drawn
+                for prop in layer_properties.QUICK
+            ]
             with _precise(model) as limit:
                 whole = Whole(model, texts(model, length)[:2], limit, min(_exact(options), length - 3))
                 return findings + [p.on(whole) for p in model_properties.QUICK]
@@ -111,18 +119,26 @@ def _exact(options: list[AttentionConfig]) -> int:
     return max((o.block + (0 if o.local == "segment" else o.window) for o in options), default=1)
 
 
-def texts(model: PreTrainedModel, length: int) -> Tensor:
-    """`[3, length]` random tokens.
+def check_length(options: list[AttentionConfig], positions: int) -> None:
+    """Refuse windows and pairs that a text within the model's positions cannot fill.
 
     Raises:
-        UserError: the model has fewer positions.
+        UserError: the longest of them.
     """
-    text = model.config.get_text_config(decoder=True)
-    if length > text.max_position_embeddings:
-        allowed = f"options whose properties show within the model's {text.max_position_embeddings} positions"
-        raise bad_value("attention.window", f"... (a text of {length} tokens)", allowed)
+    longest = max(options, key=lambda one: length_for([one]))
+    if length_for([longest]) > positions:
+        allowed = (
+            f"a window that, with attention.block={longest.block} and attention.pairs={longest.pairs}, a "
+            f"text within the model's {positions} positions can fill (it takes {length_for([longest])})"
+        )
+        raise bad_value("attention.window", longest.window, allowed)
+
+
+def texts(model: PreTrainedModel, length: int) -> Tensor:
+    """`[3, length]` random tokens."""
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(3, text.vocab_size - 1, (ROWS, length), generator=generator).to(model.device)
+    return torch.randint(3, vocabulary - 1, (ROWS, length), generator=generator).to(model.device)
 
 
 @contextmanager
@@ -160,9 +176,17 @@ def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 @contextmanager
-def _swapped(model: PreTrainedModel, layers: dict[int, AttentionConfig]) -> Iterator[SwapSpec]:
-    """Within the block these layers are replaced; in fp64 where the model is."""
-    conversion = swap(model, SwapSpec(dict(layers)))
+def _swapped(
+    model: PreTrainedModel,
+    layers: dict[int, AttentionConfig],
+    rotary: dict[int, RotarySpec | None] | None = None,
+) -> Iterator[SwapSpec]:
+    """Within the block these layers are replaced; in fp64 where the model is.
+
+    Args:
+        rotary: what an earlier swap has measured; the guards are then left out, as they have spoken.
+    """
+    conversion = swap(model, SwapSpec(dict(layers), dict(rotary or {})), guard=rotary is None)
     if model.dtype == torch.float64:
         for mixer in mixers(model).values():
             mixer.double()
@@ -181,40 +205,46 @@ def _identity(model: PreTrainedModel, spec: SwapSpec, ids: Tensor, want: Tensor,
 
 def _everything_exact(model: PreTrainedModel, spec: SwapSpec, ids: Tensor, want: Tensor) -> Finding:
     name = "everything exact = the teacher"
-    meaning = "the variant differs from the teacher even where it forgets nothing: queries, keys, order of heads"
+    meaning = (
+        "the variant differs from the teacher even where it forgets nothing: queries, keys, order of heads"
+    )
     length, layers = ids.shape[1], {}
     for index, options in spec.layers.items():
         window = 0 if options.local == "segment" else length
         layers[index] = replace(options, block=length, window=window, distance_cap=None)
-    with _swapped(model, layers):
+    with _swapped(model, layers, spec.rotary):
         if not all(isinstance(mixer, BlockMixer) for mixer in mixers(model).values()):
             return found(name, meaning, "the variant is not built on BlockMixer, so its window is not known")
         # The family's rotary tables are fp32.
         return found(name, meaning, (distance(_logits(model, ids), want), 1e-4))
 
 
-@torch.no_grad()
-def _unrotation(model: PreTrainedModel, spec: SwapSpec, length: int) -> Finding:
-    """Un-rotating the family's rotation gives back what went in, and our own rotation equals the family's."""
-    tables: dict[int, Any] = {}
-    modules = {m.layer_idx: m for _, m in attention_layers(model) if m.layer_idx in spec.layers}
+@contextmanager
+def _listening(model: PreTrainedModel, tables: dict[int, Any]) -> Iterator[None]:
+    """Within the block the rotary tables that each attention layer is given are put into `tables`."""
 
     def look(module: Any, args: tuple, kwargs: dict) -> None:
         tables[module.layer_idx] = kwargs.get("position_embeddings")
 
-    hooks = [m.register_forward_pre_hook(look, with_kwargs=True) for m in modules.values()]
+    hooks = [m.register_forward_pre_hook(look, with_kwargs=True) for _, m in attention_layers(model)]
     try:
-        _logits(model, texts(model, length)[:1])
+        yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@torch.no_grad()
+def _unrotation(model: PreTrainedModel, spec: SwapSpec, tables: dict[int, Any]) -> Finding:
+    """Un-rotating the family's rotation gives back what went in, and our own rotation equals the family's."""
+    modules = {m.layer_idx: m for _, m in attention_layers(model) if m.layer_idx in spec.layers}
     name, figure = "position-free queries and keys are exact", 0.0
     for index, module in modules.items():
         function, rotary = family_rotation(module), spec.rotary.get(index)
         if function is None or rotary is None or tables.get(index) is None:
             continue
         cos, sin = (x[:1].double() for x in tables[index])
-        heads = heads_of(module)
+        heads, length = heads_of(module), cos.shape[1]
         x = torch.randn(1, 2, length, heads.dim, generator=torch.Generator().manual_seed(0)).double()
         x, width = x.to(cos.device), rotary.width
         turned = torch.cat([function(x[..., :width], x[..., :width], cos, sin)[0], x[..., width:]], -1)
@@ -227,8 +257,8 @@ def _unrotation(model: PreTrainedModel, spec: SwapSpec, length: int) -> Finding:
     return found(name, meaning, (figure, 1e-3))
 
 
-def _layers(model: PreTrainedModel, ids: Tensor) -> list[Layer]:
-    """One layer of each kind, the middle one, with what the model gives it for `ids`."""
+def _layers(model: PreTrainedModel, ids: Tensor) -> list[list[Layer]]:
+    """The first, middle and last layer of each kind, with what the model gives them for `ids`."""
     given: dict[nn.Module, tuple] = {}
     hooks = [
         mixer.register_forward_pre_hook(lambda mixer, args: given.update({mixer: args}))
@@ -240,14 +270,17 @@ def _layers(model: PreTrainedModel, ids: Tensor) -> list[Layer]:
         for hook in hooks:
             hook.remove()
     made = []
-    for index in _one_of_each(model):
-        mixer = mixers(model)[index]
-        if mixer in given:
-            q, k, v, call = given[mixer]
-            sinks = None if call.sink_logit is None else call.sink_logit.detach().cpu()
-            plain = replace(call, real=None, document=None, slot=None, dropout=0.0, sink_logit=sinks)
-            tensors = [x.detach().cpu().double() for x in (q, k, v, call.hidden)]
-            made.append(Layer(index, _by_itself(mixer), tensors, plain))
+    for indices in _kinds(model):
+        alike = []
+        for index in sorted({indices[0], indices[len(indices) // 2], indices[-1]}):
+            mixer = mixers(model)[index]
+            if mixer in given:
+                q, k, v, call = given[mixer]
+                sinks = None if call.sink_logit is None else call.sink_logit.detach().cpu()
+                plain = replace(call, real=None, document=None, slot=None, dropout=0.0, sink_logit=sinks)
+                tensors = [x.detach().cpu().double() for x in (q, k, v, call.hidden)]
+                alike.append(Layer(index, _by_itself(mixer), tensors, plain))
+        made += [alike] if alike else []
     return made
 
 
@@ -263,21 +296,24 @@ def _by_itself(mixer: nn.Module) -> nn.Module:
 def _drawn_layers(model: PreTrainedModel) -> list[Layer]:
     """One layer of each kind with drawn queries, keys and values: needs no forward of the model."""
     made, generator = [], torch.Generator().manual_seed(0)
-    for index in _one_of_each(model):
+    for indices in _kinds(model):
+        index = indices[len(indices) // 2]
         mixer = mixers(model)[index]
         if isinstance(mixer, BlockMixer):
             heads, length = mixer.heads, length_for([mixer.options], pairs=False)
-            shapes = [(2, h, length, heads.dim) for h in (heads.query, heads.key_value, heads.key_value)]
+            shapes: list[tuple[int, ...]] = [
+                (2, h, length, heads.dim) for h in (heads.query, heads.key_value, heads.key_value)
+            ]
             shapes.append((2, length, heads.hidden))
             tensors = [torch.randn(shape, generator=generator).double() for shape in shapes]
             made.append(Layer(index, _by_itself(mixer), tensors, Call(tensors[3], heads.dim**-0.5)))
     return made
 
 
-def _one_of_each(model: PreTrainedModel) -> list[int]:
-    """The middle layer of those that share a class, options and heads."""
+def _kinds(model: PreTrainedModel) -> list[list[int]]:
+    """The replaced layers, together where they share class, options and heads."""
     kinds: dict[str, list[int]] = {}
     for index, mixer in mixers(model).items():
         options, heads = getattr(mixer, "options", None), getattr(mixer, "heads", None)
         kinds.setdefault(f"{type(mixer)} {options} {heads}", []).append(index)
-    return [indices[len(indices) // 2] for indices in kinds.values()]
+    return list(kinds.values())

@@ -1,7 +1,8 @@
-"""Properties of a whole replaced model: masks, positions, caches and generation as transformers hands them over."""
+"""Properties of a whole replaced model: masks, positions, caches and generation as transformers has them."""
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,11 +52,14 @@ def holds(name: str, meaning: str):
     return register(PROPERTIES, name, meaning)
 
 
-@holds("every replaced layer is called once a forward", "a layer is bypassed: what is measured is the teacher")
+@holds(
+    "every replaced layer is called once a forward", "a layer is bypassed: what is measured is the teacher"
+)
 def every_layer_is_called(whole: Whole) -> tuple[float, float]:
-    before = {i: mixer.calls for i, mixer in mixers(whole.model).items() if hasattr(mixer, "calls")}
+    counted: list[Any] = [mixer for mixer in mixers(whole.model).values() if hasattr(mixer, "calls")]
+    before = [mixer.calls for mixer in counted]
     whole.logits(whole.ids[:1, :4])
-    return sum(abs(mixers(whole.model)[i].calls - calls - 1) for i, calls in before.items()), 0
+    return sum(abs(m.calls - calls - 1) for m, calls in zip(counted, before, strict=True)), 0
 
 
 @holds(
@@ -111,9 +115,7 @@ def pads_do_not_matter(whole: Whole) -> tuple[float, float]:
         ids[row, left:stop], mask[row, left:stop] = whole.ids[row].cpu(), 1
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     device = whole.ids.device
-    got = whole.logits(
-        ids.to(device), attention_mask=mask.to(device), position_ids=positions.to(device)
-    )
+    got = whole.logits(ids.to(device), attention_mask=mask.to(device), position_ids=positions.to(device))
     figure = 0.0
     for row, (left, right) in enumerate(sides):
         own = got[row, left : whole.length + 3 - right]
@@ -162,8 +164,9 @@ def generate_is_the_same(whole: Whole) -> tuple[float, float]:
     mask = torch.ones_like(ids)
     mask[1, :2], ids[1, :2] = 0, PAD
     settings = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": PAD}
+    model: Any = whole.model
     cached, plain = (
-        whole.model.generate(ids, attention_mask=mask, use_cache=use, **settings) for use in (True, False)
+        model.generate(ids, attention_mask=mask, use_cache=use, **settings) for use in (True, False)
     )
     return float((cached != plain).sum()), 0
 
@@ -173,7 +176,7 @@ def generate_is_the_same(whole: Whole) -> tuple[float, float]:
     "a text means something else further on: nothing learned at one length holds at another",
 )
 def positions_do_not_matter(whole: Whole) -> tuple[float, float] | str:
-    found = mixers(whole.model).values()
+    found: list[Any] = list(mixers(whole.model).values())
     if any(getattr(mixer, "options", None) is not None and mixer.options.rotary for mixer in found):
         return "attention.rotary=true asks for positions"
     if any(getattr(mixer, "rotary", None) is None for mixer in found):

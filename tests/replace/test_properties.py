@@ -20,6 +20,7 @@ from replace.config import AttentionConfig
 from replace.convert import SwapSpec, mixers, swap
 from replace.definition import Definition
 from replace.errors import UserError
+from replace.feature_maps import FEATURE_MAPS
 from replace.mixer import VARIANTS, BlockMixer, Call, Heads
 from replace.rotary import RotarySpec
 
@@ -219,6 +220,22 @@ def test_4_gated_delta_with_rotated_queries_and_keys() -> None:
 
 @EVERY
 @torch.no_grad()
+def test_4_the_teachers_own_attention_is_honoured(name: str) -> None:
+    """Its scaling, soft cap, learned sinks and sliding window, in the full forward and in decoding."""
+    mixer, (q, k, v, hidden) = mixer_of(name), inputs(27)
+    own = {"softcap": 1.5, "sliding_window": 3, "sink_logit": torch.tensor([-1.0, 0.5, 1.0, 2.0]).double()}
+    want = Definition(mixer, q, k, v, Call(hidden, 0.3, **own)).outputs()
+    close(mixer(q, k, v, Call(hidden, 0.3, **own)), want)
+    slot, decoded = ReplacedCacheLayer(), []
+    for t in range(27):
+        now = slice(t, t + 1)
+        call = Call(hidden[:, now], 0.3, slot=slot, **own)
+        decoded.append(mixer(q[:, :, now], k[:, :, now], v[:, :, now], call))
+    close(torch.cat(decoded, 2), want)
+
+
+@EVERY
+@torch.no_grad()
 def test_4_and_5_any_cut_gives_the_same_outputs_and_state(name: str) -> None:
     mixer, tensors, length = mixer_of(name), inputs(43, batch=2), 43
     whole, slot = in_pieces(mixer, [length], *tensors)
@@ -392,6 +409,19 @@ def test_13_gradients_reach_the_first_block_through_the_memory(name: str) -> Non
     assert not tensors[0].grad[:, :, :36].any(), "old queries do not matter to later outputs"
 
 
+@pytest.mark.parametrize("name", FEATURE_MAPS.names())
+@torch.no_grad()
+def test_11_features_keep_their_precision(name: str) -> None:
+    """A weight of far negative keys is small, not 0: elu(x) + 1 as written rounds to 0 at -20."""
+    feature_map = FEATURE_MAPS.get(name)(1, 8)
+    for level in (-20.0, -12.0, -8.0, 0.0, 8.0):
+        single, double = (
+            feature_map(torch.full((1, 1, 1, 8), level, dtype=d)) for d in (torch.float32, torch.float64)
+        )
+        weights = [x.double().square().sum() for x in (single, double)]
+        torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-35)
+
+
 @WITH_MEMORY
 @pytest.mark.parametrize("gate_init", [-1.0, -4.0])
 def test_14_gates_and_maps_learn_from_the_start(name: str, gate_init: float) -> None:
@@ -467,6 +497,18 @@ def test_16_limited_updates_are_counted_once(name: str) -> None:
         assert float(slot.state.memory_M.abs().max()) <= 20.0 + 1e-6
         counts.append(int(mixer.clamped))
     assert counts[0] == counts[1] == counts[2] >= 1
+
+
+@pytest.mark.parametrize("name", ["infini-paper", "infini", "linear"])
+@torch.no_grad()
+def test_16_a_limited_update_keeps_what_is_read(name: str) -> None:
+    """M and z are limited together: the answer is still a mean of the values, all of them above 0."""
+    mixer, (q, k, v, hidden) = mixer_of(name, clamp=1e-3, pairs=0), inputs(40)
+    mixer.off, v = frozenset({"window", "sinks"}), v.abs() + 0.5
+    out = attend(mixer, q, k, v, hidden)[:, :, 36:]
+    assert int(mixer.clamped) > 0
+    low, high = (x.repeat_interleave(2, 1) for x in (v.amin(2, keepdim=True), v.amax(2, keepdim=True)))
+    assert ((out >= low - 1e-9) & (out <= high + 1e-9)).all()
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if options_of(n).pairs])
@@ -776,8 +818,9 @@ def test_7_padding_on_continued_forwards(name: str) -> None:
         ((9, 13), "left"),
         ((7, 2), "right"),
         ((1, 1), "left"),
+        ((0, 1), "left"),
         ((0, 5), "left"),
-        ((23, 19), "left"),
+        ((23, 18), "left"),
     ):
         width = max(first, second)
         piece = torch.full((2, width), PAD)
