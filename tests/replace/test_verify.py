@@ -43,6 +43,7 @@ def peek(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     [
         *([f"attention={name}", "attention.pairs=3"] for name in choices("attention") if name != "identity"),
         ["attention=identity"],
+        ["attention=linear", "attention.local=none", "attention.window=0", "layers.k=1"],
         ["attention=infini", "attention.update=delta_bounded", "attention.pairs=0"],
         [
             "attention=infini",
