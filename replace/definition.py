@@ -60,9 +60,9 @@ class Definition:
         g, left, call = h // self.repeat, self.left(t), self.call
         keys = exact_keys(t, self.size, self.lookback, self.options.sinks, self.retained(g, left))
         near = self.length if call.sliding_window is None else call.sliding_window
+        if self.options.local == "none":  # no window for the teacher's to narrow
+            keys, near = [j for j in keys if j < self.options.sinks or j in self.retained(g, left)], t + 1
         keys = [j for j in keys if (g, j) not in self.absent and (j < left or t - j < near)]
-        if self.options.local == "none":
-            keys = [j for j in keys if j < self.options.sinks or j in self.retained(g, left)]
         cap, end = self.options.distance_cap, (t // self.size + 1) * self.size - 1
         origin = 0 if cap is None else max(0, end - cap)
         place = torch.tensor([max(0, j - origin) for j in keys])
