@@ -108,7 +108,7 @@ def _findings(loaded: "Loaded", spec: "SwapSpec", quick: bool) -> Iterator["Find
 
     if not quick:
         return examine.examine(loaded.model, spec)
-    swap(loaded.model, spec)
+    swap(loaded.model, spec, keep_originals=True)
     return iter(examine.quick(loaded.model))
 
 

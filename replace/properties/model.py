@@ -208,3 +208,10 @@ QUICK = [
     if p.measure in (every_layer_is_called, causal_and_apart, splits_are_the_whole, pads_do_not_matter)
 ]
 """Those that a run checks at conversion."""
+
+EXCUSABLE = [
+    p
+    for p in PROPERTIES
+    if p.measure in (pads_do_not_matter, pads_in_later_calls, positions_do_not_matter, documents_are_apart)
+]
+"""Those that depend on the family's own masks and positions, which some families do not keep either."""
