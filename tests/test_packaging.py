@@ -73,7 +73,7 @@ def test_the_constraints_fit_the_requirements() -> None:
     wanted = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["test"]]
     for requirement in map(Requirement, wanted):
         name = requirement.name.lower().replace("_", "-")
-        if name != "pip":
+        if name not in ("pip", "triton"):  # the environment's, and torch's where it is built for a GPU
             assert requirement.specifier.contains(pinned[name]), f"{requirement} against {pinned[name]}"
 
 
