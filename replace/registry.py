@@ -68,7 +68,7 @@ class Registry(Generic[T]):
 
         In an export the files lie flat and the modeling file has imported and registered what it needs.
         """
-        if self.package is None or __name__.partition(".")[0] != self.package.partition(".")[0]:
+        if self.package is None or __name__.partition(".")[0] != "replace":
             return
         found = importlib.import_module(self.package)
         for module in pkgutil.iter_modules(found.__path__):
