@@ -3,7 +3,7 @@
 import logging
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -39,11 +39,13 @@ class Yardstick:
     Attributes:
         books: perplexity texts by name.
         make: makes the episode of a cell.
+        haystacks: gives the held-out haystack of a name.
         reference: the teacher's attention outputs, once the teacher was measured.
     """
 
     books: dict[str, str]
     make: MakeEpisode
+    haystacks: Callable[[str], HaystackSource]
     reference: Reference | None = None
 
 
@@ -63,23 +65,27 @@ def yardstick(
     clear = clear_tokens(config.attention) if clear is None else clear
     sources: dict[str, HaystackSource] = {}
 
+    def haystacks(name: str) -> HaystackSource:
+        if name not in sources:
+            sources[name] = haystack(name, documents, tokenizer)
+        return sources[name]
+
     def make(cell: Cell, rng: random.Random) -> Episode:
-        if cell.haystack not in sources:
-            sources[cell.haystack] = haystack(cell.haystack, documents, tokenizer)
         return make_episode(
             tokenizer,
             rng,
             cell.length,
             cell.depth,
             cell.kind,
-            sources[cell.haystack],
+            haystacks(cell.haystack),
             cell.phrasing,
             distractors=cell.distractors,
             clear=clear,
             haystack_split="test",
         )
 
-    return Yardstick({document.name: document.text for document in held_out_books(documents)}, make)
+    books = {document.name: document.text for document in held_out_books(documents)}
+    return Yardstick(books, make, haystacks)
 
 
 def held_out_books(documents: Sequence[Document]) -> list[Document]:
