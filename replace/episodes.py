@@ -9,6 +9,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -36,6 +37,9 @@ FILLERS = {
     ),
 }
 SNIPPET_TOKENS = (40, 160)
+
+DrawFacts = Callable[[random.Random, int, bool], list[tuple[str, str]]]
+"""(random numbers, count, rare) -> so many pairs of a key and a value, all different."""
 
 
 @dataclass
@@ -108,7 +112,7 @@ def haystack(name: str, documents: Sequence[Document], tokenizer: PreTrainedToke
 
     def fillers(split: str) -> list[Pool]:
         rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in FILLERS[split]]
-        return [_pool(np.array(row, dtype=np.int64), tokenizer) for row in rows]
+        return [pool_of(np.array(row, dtype=np.int64), tokenizer) for row in rows]
 
     def texts(split: str) -> list[Pool]:
         chosen = [document for document in documents if document.split == split]
@@ -121,7 +125,7 @@ def haystack(name: str, documents: Sequence[Document], tokenizer: PreTrainedToke
         chosen = [d for d in chosen if d.name not in PERPLEXITY_BOOKS] or chosen
         gap = np.array(tokenizer("\n\n", add_special_tokens=False)["input_ids"], dtype=np.int64)
         parts = [part for ids in token_ids(chosen, tokenizer) for part in (ids.numpy(), gap)]
-        return [_pool(np.concatenate(parts[:-1]), tokenizer)]
+        return [pool_of(np.concatenate(parts[:-1]), tokenizer)]
 
     return HaystackSource(name, fillers if name == "filler" else texts, repeat=name in ("filler", "snippet"))
 
@@ -140,6 +144,8 @@ def make_episode(
     clear: int = 0,
     phrasing: int | None = None,
     haystack_split: str | None = None,
+    wordings: Sequence[Phrasing] | None = None,
+    draw: DrawFacts | None = None,
 ) -> Episode:
     """One episode of exactly `length` tokens.
 
@@ -150,20 +156,24 @@ def make_episode(
         clear: the least number of tokens between a needle's end and the first answer.
         phrasing: an index in `PHRASINGS[kind][phrasing_split]`; drawn if None.
         haystack_split: `phrasing_split` if None.
+        wordings: instead of those of `kind`, which may then have any name.
+        draw: draws the facts, instead of `draw_facts` for `kind`.
 
     Raises:
         UserError: an unknown name, or a length that cannot hold the facts and questions.
     """
-    for name, value, allowed in (("kind", kind, KINDS), ("phrasing_split", phrasing_split, SPLITS)):
+    kinds = KINDS if wordings is None else (kind,)
+    for name, value, allowed in (("kind", kind, kinds), ("phrasing_split", phrasing_split, SPLITS)):
         if value not in allowed:
             raise bad_value(f"episode {name}", value, allowed)
     prefix = _prefix(tokenizer)
-    wordings = PHRASINGS[kind][phrasing_split]
+    wordings = PHRASINGS[kind][phrasing_split] if wordings is None else wordings
+    draw = partial(draw_facts, kind) if draw is None else draw
     for attempt in range(64):
         asked = [rng.randrange(len(wordings)) for _ in range(needles)]
         if phrasing is not None:
             asked[-1] = phrasing
-        facts = _draw_facts(rng, kind, needles + distractors, rare=attempt >= 8)
+        facts = draw(rng, needles + distractors, attempt >= 8)
         forms = [wordings[index] for index in [*asked, *[asked[-1]] * distractors]]
         written = [_needle(tokenizer, form, fact) for form, fact in zip(forms, facts, strict=True)]
         tail, questions, answers = _tail(tokenizer, forms[:needles], facts[:needles])
@@ -217,7 +227,7 @@ def make_episode(
     )
 
 
-def _draw_facts(rng: random.Random, kind: str, count: int, rare: bool) -> list[tuple[str, str]]:
+def draw_facts(kind: str, rng: random.Random, count: int, rare: bool = False) -> list[tuple[str, str]]:
     """`count` pairs of a key and a value, all different. `rare`: word values are two words (long texts)."""
     places = [f" of the {side} {place}" for side in SIDES for place in PLACES]
     keys = {"passkey": places, "key_value": WORDS, "sentence": CITIES}[kind]
@@ -250,13 +260,21 @@ def _tail(
         start = len(ids)
         opening = "\n\n" if not ids else ".\n\n"
         ids += tokenizer(opening + form.question.format(key=key), add_special_tokens=False)["input_ids"]
-        answer = tokenizer(" " + value, add_special_tokens=False)["input_ids"]
-        while len(answer) > 1 and not str(tokenizer.decode(answer[:1])).strip():
-            ids.append(answer.pop(0))
+        space, answer = answer_ids(tokenizer, value)
+        ids += space
         questions.append(slice(start, len(ids)))
         answers.append(slice(len(ids), len(ids) + len(answer)))
         ids += answer
     return ids, questions, answers
+
+
+def answer_ids(tokenizer: PreTrainedTokenizerBase, value: str) -> tuple[list[int], list[int]]:
+    """An answer after a space: the tokens that are space only, which stay the question's, and the rest."""
+    ids = tokenizer(" " + value, add_special_tokens=False)["input_ids"]
+    first = 0
+    while first < len(ids) - 1 and not str(tokenizer.decode(ids[first : first + 1])).strip():
+        first += 1
+    return ids[:first], ids[first:]
 
 
 def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -289,7 +307,7 @@ _OPENING = re.compile(r"[ĠĊ▁\s]+(?![a-z0-9])|<0x0A>")
 _ABBREVIATION = re.compile(r"[Ġ▁]?(?:Mr|Mrs|Ms|Dr|St|Messrs|Hon|Gen|Col|Capt|No|[A-Z])")
 
 
-def _pool(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> Pool:
+def pool_of(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> Pool:
     """Find where sentences end: a full stop, then a space and a capital or a new line; not after Mr.
 
     In text without sentences every border between words serves, and in text without words every token.
