@@ -158,12 +158,22 @@ class EvalConfig:
     """What is measured: a named set, and how it is made up.
 
     `base` is what every phase gets: quick (perplexity, probes, recall), one of these alone, or none; `more`
-    names measurements for the teacher and the last phase (`eval/measurements/`).
+    names measurements for the teacher and the last phase (`eval/measurements/`). The rest is how large those
+    are: `stream_tokens` at most of a book for `streaming`; the grid of `niah` (depths in % from the start,
+    forms as in `replace/needles.py`, episodes a cell) and of `passkey`; lengths of context for `speed`.
     """
 
     name: str = "quick"
     base: str = "quick"
     more: list[str] = field(default_factory=list)
+    stream_tokens: int = 200_000
+    niah_lengths: list[int] = field(default_factory=lambda: [512, 1024, 2048])
+    niah_depths: list[float] = field(default_factory=lambda: [0, 25, 50, 75, 100])
+    niah_forms: list[str] = field(default_factory=lambda: ["sentence", "key_value", "single_3", "multikey_1"])
+    niah_episodes: int = 1
+    passkey_lengths: list[int] = field(default_factory=lambda: [1024, 4096, 16384])
+    passkey_episodes: int = 1
+    speed_lengths: list[int] = field(default_factory=lambda: [1024, 4096, 16384])
 
 
 @dataclass

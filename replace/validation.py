@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from replace.compose import choices, differences, load_config
-from replace.config import AttentionConfig, Config, DataConfig, EvalBudget, LayersConfig, ModelConfig
+from replace.config import (
+    AttentionConfig,
+    Config,
+    DataConfig,
+    EvalBudget,
+    EvalConfig,
+    LayersConfig,
+    ModelConfig,
+)
 from replace.errors import UserError, bad_value
 from replace.families import NOT_CAPTURED
 
@@ -55,6 +63,7 @@ def validate(config: Config, facts: "ModelFacts | None" = None) -> None:
             f"at most {facts.max_position}, the model's positions",
         )
     check_reach(config.budget.eval, facts.max_position)
+    check_eval(config.eval, config.attention)
 
 
 def validate_swap(config: Config) -> "ModelFacts":
@@ -91,6 +100,42 @@ def check_reach(measured: EvalBudget, positions: int) -> None:
         for length in getattr(measured, name):
             _check_positions(name, length, positions)
     _check_positions("perplexity_length", measured.perplexity_length, positions)
+
+
+def check_eval(wanted: EvalConfig, attention: AttentionConfig) -> None:
+    """The sizes of the measurements that `eval.more` can name; a needle fits into its context.
+
+    Raises:
+        UserError: the first thing found wrong.
+    """
+    from replace.needles import FORMS  # brings torch
+
+    _require(wanted.stream_tokens >= 2, "eval.stream_tokens", wanted.stream_tokens, "2 tokens or more")
+    for name in ("niah_episodes", "passkey_episodes"):
+        count = getattr(wanted, name)
+        _require(count >= 1, f"eval.{name}", count, "a whole number of at least 1")
+    for name in ("niah_lengths", "niah_depths", "niah_forms", "passkey_lengths", "speed_lengths"):
+        values = getattr(wanted, name)
+        _require(bool(values), f"eval.{name}", values, "at least one")
+        _require(len(set(values)) == len(values), f"eval.{name}", values, "each value once")
+    for depth in wanted.niah_depths:
+        allowed = "depths from 0 (the start of the text) to 100 (its end), in %"
+        _require(0 <= depth <= 100, "eval.niah_depths", depth, allowed)
+    for form in wanted.niah_forms:
+        _one_of("eval.niah_forms", form, tuple(FORMS))
+        for length in wanted.niah_lengths:
+            least = FORMS[form].tokens
+            allowed = f"lengths of at least {least}, what needle and question of {form} need"
+            _require(length >= least, "eval.niah_lengths", length, allowed)
+    for length in wanted.passkey_lengths if "passkey" in wanted.more else ():
+        least = EPISODE + attention.window + attention.block
+        allowed = (
+            f"lengths of at least {least} ({EPISODE} + attention.window + attention.block), "
+            "since the needle must lie outside window and block"
+        )
+        _require(length >= least, "eval.passkey_lengths", length, allowed)
+    for length in wanted.speed_lengths:
+        _require(length >= 1, "eval.speed_lengths", length, "lengths of at least 1")
 
 
 def _check_positions(name: str, length: int, positions: int) -> None:
