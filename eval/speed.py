@@ -1,8 +1,10 @@
-"""What generation costs at several lengths: bytes kept between tokens, and decoded tokens a second."""
+"""What generation costs at several lengths: bytes kept between tokens, time to read, time to write."""
 
+import copy
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
@@ -11,11 +13,15 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from eval.ablation import is_replaced
+from eval.peak import peak_bytes
+from eval.stream import Stream, cache_bytes, device_of, pieces, reach_of, slot_bytes
 from replace.convert import attention_layers
 
 CHUNK = 1024
 """Tokens of one forward while a context is read."""
 PROBE = 64
+TIMED = ("prefill_tokens_per_second", "first_token_seconds", "decode_tokens_per_second", "peak_bytes")
+"""What `costs` measures by running the whole model."""
 
 
 def prefill(model: PreTrainedModel, length: int, *, seed: int = 0, label: str = "prefill") -> Cache:
@@ -61,7 +67,7 @@ def kept_bytes(model: PreTrainedModel, lengths: list[int]) -> list[dict]:
     for length in lengths:
         with only_layers(model, firsts):
             cache = prefill(model, length, label=f"state at {length} tokens")
-        total = sum(_bytes(cache.layers[kinds.index(kind)]) for kind in kinds)
+        total = sum(slot_bytes(cache.layers[kinds.index(kind)]) for kind in kinds)
         how = (
             "measured"
             if len(firsts) == len(kinds)
@@ -99,6 +105,53 @@ def decode_speed(model: PreTrainedModel, lengths: list[int], *, steps: int = 12)
     return results
 
 
+def costs(model: PreTrainedModel, lengths: list[int], *, steps: int = 12) -> list[dict]:
+    """Reading a context of each length (one row of random tokens, in pieces) and writing on after it.
+
+    Returns:
+        [{"length", "bytes" (of the cache), "prefill_tokens_per_second", "first_token_seconds" (from nothing
+        to the first new token), "decode_tokens_per_second" (the median of `steps` tokens), "peak_bytes" (the
+        cache and all tensors at once while the last piece is read, weights left out)}]; beyond the model's
+        positions only "bytes", nulls and "why".
+    """
+    reach, device = reach_of(model), device_of(model)
+    results: list[dict] = []
+    kept = {row["length"]: row["bytes"] for row in kept_bytes(model, lengths)}
+    for length in lengths:
+        row: dict = {"length": length, "bytes": kept[length]}
+        if reach.limit is not None and length + steps > reach.limit:
+            row |= dict.fromkeys(TIMED) | {"why": f"longer than the model's {reach.limit} positions"}
+            results.append(row)
+            continue
+        generator = torch.Generator().manual_seed(0)
+        vocabulary = model.config.get_text_config().vocab_size
+        ids = torch.randint(0, vocabulary, (1, length), generator=generator).to(device)
+        stream, seconds = Stream(model, reach), 0.0
+        logits, before, last = torch.empty(0), stream.cache, ids
+        for piece in pieces(ids, label=f"cost at {length} tokens"):
+            before, last = copy.deepcopy(stream.cache), piece
+            start = time.perf_counter()
+            logits = stream.feed(piece)
+            int(logits.argmax())  # waits for an accelerator
+            seconds += time.perf_counter() - start
+        steps_taken = []
+        token = logits[:, -1:].argmax(-1)
+        for _ in range(steps):
+            start = time.perf_counter()
+            token = stream.feed(token)[:, -1:].argmax(-1)
+            int(token)
+            steps_taken.append(time.perf_counter() - start)
+        row |= {
+            "prefill_tokens_per_second": length / seconds,
+            "first_token_seconds": seconds,
+            "decode_tokens_per_second": 1 / sorted(steps_taken)[steps // 2],
+        }
+        stream.cache = before
+        row["peak_bytes"] = cache_bytes(before) + peak_bytes(device, partial(stream.feed, last))
+        results.append(row)
+    return results
+
+
 @contextmanager
 def only_layers(model: nn.Module, indices: list[int]) -> Iterator[None]:
     """Within the block the decoder has the layers at `indices` and no others."""
@@ -132,10 +185,4 @@ def _ordinary(slot, length: int) -> int:
     window = getattr(slot, "sliding_window", None)
     tokens = length if window is None else min(length, window - 1)
     kept = min(PROBE, PROBE if window is None else window - 1)
-    return _bytes(slot) * tokens // kept
-
-
-def _bytes(slot) -> int:
-    """Bytes of one layer's slot."""
-    tensors = list(slot.state.tensors().values()) if is_replaced(slot) else [slot.keys, slot.values]
-    return sum(x.numel() * x.element_size() for x in tensors if isinstance(x, torch.Tensor))
+    return slot_bytes(slot) * tokens // kept
