@@ -3,7 +3,7 @@
 Colours are those of Okabe and Ito, safe for the colour-blind.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -56,11 +56,17 @@ class NotMeasured(Exception):
     """There is nothing to plot; the message says why."""
 
 
-def draw_all(metrics: dict, log: Sequence[dict], folder: Path) -> dict[str, str | None]:
+def draw_all(
+    metrics: dict,
+    log: Sequence[dict],
+    folder: Path,
+    more: Mapping[str, Callable[[], Figure]] | None = None,
+) -> dict[str, str | None]:
     """Draw every plot into `folder`.
 
     Args:
         log: the lines of train.jsonl.
+        more: further plots, file name -> what draws it.
 
     Returns:
         file name -> None, or why it could not be drawn.
@@ -74,6 +80,7 @@ def draw_all(metrics: dict, log: Sequence[dict], folder: Path) -> dict[str, str 
         "perplexity.png": lambda: perplexity_by_phase(metrics["phases"]),
         "recall.png": lambda: recall_by_depth(metrics["phases"]),
         "cost.png": lambda: cost_by_length(metrics["phases"]),
+        **(more or {}),
     }
     style: dict = {
         "font.size": 9,
@@ -101,14 +108,14 @@ def loss_by_stage(log: Sequence[dict]) -> Figure:
     stages = sorted({str(line["stage"]) for line in log if line.get("loss") is not None})
     if not stages:
         raise NotMeasured("no stage was trained")
-    figure, axes = _panels(1, len(stages), width=3.4, height=3.0)
+    figure, axes = panels_of(1, len(stages), width=3.4, height=3.0)
     for axis, stage in zip(axes[0], stages, strict=True):
         lines = [line for line in log if str(line["stage"]) == stage and line.get("loss") is not None]
         tokens = [line["tokens"] / 1000 for line in lines]
         losses = [line["loss"] for line in lines]
         axis.plot(tokens, losses, ".", color=SKY, markersize=4, label="logged step")
         axis.plot(tokens, _running_mean(losses), color=BLUE, label="running mean")
-        _scale(axis, losses)
+        scale_of(axis, losses)
         axis.set_title(f"stage {stage.removeprefix('stage')}")
         axis.set_xlabel("thousand tokens")
     axes[0][0].set_ylabel("loss")
@@ -122,7 +129,7 @@ def transfer_by_layer(phases: dict) -> Figure:
     chosen = [name for name in dict.fromkeys(chosen) if phases[name].get("layer_outputs")]
     if not chosen:
         raise NotMeasured("no layer outputs of a student were compared")
-    figure, axes = _panels(1, 2, width=4.6, height=3.2)
+    figure, axes = panels_of(1, 2, width=4.6, height=3.2)
     for axis, key, title in (
         (axes[0][0], "transfer_error", "given the teacher's input"),
         (axes[0][1], "error", "in place (errors of lower layers add up)"),
@@ -150,7 +157,7 @@ def perplexity_by_phase(phases: dict) -> Figure:
     corpora = sorted({corpus for name in measured for corpus in phases[name]["perplexity"]})
     if not corpora:
         raise NotMeasured("perplexity was not measured")
-    figure, axes = _panels(len(corpora), 2, width=4.6, height=2.8)
+    figure, axes = panels_of(len(corpora), 2, width=4.6, height=2.8)
     for row, corpus in zip(axes, corpora, strict=True):
         figures = {name: phases[name]["perplexity"].get(corpus) for name in measured}
         figures = {name: entry for name, entry in figures.items() if entry and entry.get("ppl") is not None}
@@ -169,7 +176,7 @@ def perplexity_by_phase(phases: dict) -> Figure:
                     range(len(buckets)), [f"{bucket['from']:,}–\n{bucket['to']:,}" for bucket in buckets]
                 )
         row[1].set_title(f"{corpus}, by position in the window")
-        _scale(row[1], [value for line in row[1].get_lines() for value in np.asarray(line.get_ydata())])
+        scale_of(row[1], [value for line in row[1].get_lines() for value in np.asarray(line.get_ydata())])
     axes[0][1].legend(frameon=False)
     axes[-1][1].set_xlabel("tokens before the predicted one")
     return figure
@@ -186,7 +193,7 @@ def _by_phase(axis: Axes, figures: dict[str, dict]) -> None:
         axis.axhline(figures["teacher"]["ppl"], color=GREY, linestyle="--", linewidth=1)
     axis.set_xticks(range(len(figures)), [PHASE_WORDS[name].replace(", ", ",\n") for name in figures])
     axis.set_xlim(-0.5, len(figures) - 0.3)
-    _scale(axis, [entry["ppl"] for entry in figures.values()])
+    scale_of(axis, [entry["ppl"] for entry in figures.values()])
 
 
 def recall_by_depth(phases: dict) -> Figure:
@@ -197,7 +204,7 @@ def recall_by_depth(phases: dict) -> Figure:
         raise NotMeasured("recall was not measured")
     lengths = sorted({length for _, length in panels})
     tasks = [task for task in TASK_WORDS if any(task == panel for panel, _ in panels)]
-    figure, axes = _panels(len(tasks), len(lengths), width=4.2, height=2.5, bottom=0.5)
+    figure, axes = panels_of(len(tasks), len(lengths), width=4.2, height=2.5, bottom=0.5)
     for line, task in zip(axes, tasks, strict=True):
         for axis, length in zip(line, lengths, strict=True):
             states = {
@@ -268,7 +275,7 @@ def cost_by_length(phases: dict) -> Figure:
     ]
     if not shown:
         raise NotMeasured("the cost of generation was not measured")
-    figure, axes = _panels(1, 2, width=4.2, height=3.0)
+    figure, axes = panels_of(1, 2, width=4.2, height=3.0)
     for axis, part, key, scale, title in (
         (axes[0][0], "state", "bytes", 1e-6, "kept between tokens (MB)"),
         (axes[0][1], "decode", "tokens_per_second", 1.0, "decoded tokens a second"),
@@ -295,7 +302,7 @@ def cost_by_length(phases: dict) -> Figure:
     return figure
 
 
-def _panels(
+def panels_of(
     rows: int, columns: int, *, width: float, height: float, bottom: float = 0.0
 ) -> tuple[Figure, list[list[Axes]]]:
     figure, axes = plt.subplots(
@@ -318,7 +325,7 @@ def _running_mean(values: Sequence[float], share: float = 0.1) -> list[float]:
     ]
 
 
-def _scale(axis: Axes, values: Sequence[float]) -> None:
+def scale_of(axis: Axes, values: Sequence[float]) -> None:
     """A logarithmic y axis in ordinary numbers where the values span more than a factor of four."""
     if len(values) and min(values) > 0 and max(values) > 4 * min(values):
         axis.set_yscale("log")

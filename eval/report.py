@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from eval.metrics import PHASES, read_metrics
 from eval.niah import means
 from eval.plots import PHASE_WORDS, STATES, TASK_WORDS, draw_all
+from eval.sections import pictures, written
 from eval.summary import summary
 from eval.verdict import PARTS, PERPLEXITY_GAIN, RECALL_GAIN
 from eval.words import (
@@ -57,7 +58,7 @@ def write_report(folder: Path, source: Path | None = None) -> Path:
     folder, source = Path(folder), Path(source or folder)
     metrics = read_metrics(folder)
     log = read_log(source / "train.jsonl")
-    drawn = draw_all(metrics, log, folder / "plots")
+    drawn = draw_all(metrics, log, folder / "plots", pictures(metrics["phases"]))
     path = folder / "report.md"
     provenance, command = _json(source / "provenance.json"), _command(source)
     atomic_write(path, render(metrics, drawn, log=log, provenance=provenance, command=command))
@@ -124,6 +125,7 @@ def render(
             if "why" in twin
         },
         probes=_probes(phases, student),
+        sections=written(phases, drawn),
         cost=_cost(phases, student),
         training=_training(metrics, log),
         replaced=_replaced(metrics),

@@ -111,12 +111,17 @@ def _ranked(ranks: list[int]) -> dict:
 
 
 def means(cells: list[dict]) -> list[dict]:
-    """Each form at each length over the depths that prove something, the twin beside it."""
+    """Each form at each length over the depths that prove something, the twin beside it.
+
+    "all" is over all depths.
+    """
     pooled = []
     for form, length in dict.fromkeys((cell["form"], cell["length"]) for cell in cells):
         alike = [cell for cell in cells if (cell["form"], cell["length"]) == (form, length)]
         counted = [cell for cell in alike if cell["exact"] is not None and not cell["proves_nothing"]]
         entry: dict = {"form": form, "length": length, "cells": len(counted), "of": len(alike)}
+        measured = [cell for cell in alike if cell["exact"] is not None]
+        entry["all"] = joined(measured) if measured else None
         if not counted:
             why = next((cell["why"] for cell in alike if cell.get("why")), "no cell was measured")
             pooled.append(entry | {"exact": None, "why": why})

@@ -31,7 +31,8 @@ SEED = 0
 def streaming(model, tokenizer, config: Config, using) -> dict:
     """{"streaming": {"book", "ppl", ...: see `read_book`, "off", "teacher_window", "against_teacher"}}.
 
-    "off": the first tokens again without memory and pairs, with the factor by which that is worse.
+    "off": the first tokens again without memory and pairs, and "against_on", their perplexity over the same
+    tokens' with them.
     "against_teacher": the student's perplexity over that of the teacher's window, paired by piece.
     What cannot be measured has null and "why".
     """
@@ -49,7 +50,7 @@ def streaming(model, tokenizer, config: Config, using) -> dict:
     if parts["memory"] or parts["pairs"]:
         with ablate(model, memory=True, pairs=True):
             off = read_book(model, reach, ids[:OFF_TOKENS], sizes, "streaming, memory and pairs off")
-        result["off"] = off | {"ratio": against(off["pieces"], result["pieces"][: len(off["pieces"])])}
+        result["off"] = off | {"against_on": against(off["pieces"], result["pieces"])}
     beside = teacher_window(config, model, tokenizer, ids, sizes, result["bytes"])
     result["teacher_window"] = beside
     if beside["ppl"] is not None and result["ppl"] is not None:
@@ -158,9 +159,13 @@ PROBE = 16
 
 
 def against(mine: list[dict], theirs: list[dict]) -> dict:
-    """{"ratio", "interval"}: one perplexity over another on the same pieces, bootstrapped in pairs."""
-    a, b = (np.array([piece["nll"] for piece in run]) for run in (mine, theirs))
-    tokens = np.array([piece["tokens"] for piece in mine])
+    """{"ratio", "interval"}: one perplexity over another on the pieces of both, bootstrapped in pairs."""
+    both = [
+        (a["nll"], b["nll"], a["tokens"])
+        for a, b in zip(mine, theirs, strict=False)
+        if a["tokens"] == b["tokens"]
+    ]
+    a, b, tokens = np.array(both).T
 
     def ratio(draw: np.ndarray) -> float:
         return math.exp((a[draw].sum() - b[draw].sum()) / tokens[draw].sum())
