@@ -47,6 +47,9 @@ from replace.validation import selected
 
 logger = logging.getLogger(__name__)
 
+CODE = ("conf", "replace", "distill", "eval", "kernels", "pyproject.toml")
+"""What makes a working tree dirty; a run's own folder beside it does not."""
+
 
 def run(config: Config, run_dir: Path) -> dict:
     """Swap, distil, measure, export; returns the metrics that also stand in `run_dir/metrics.json`.
@@ -281,7 +284,7 @@ def _write_provenance(run_dir: Path, config: Config, loaded: Loaded, documents: 
         "threads": torch.get_num_threads(),
         "versions": {name: _version(name) for name in packages},
         "commit": _git("rev-parse", "HEAD"),
-        "dirty": None if (changes := _git("status", "--porcelain")) is None else bool(changes),
+        "dirty": None if (changes := _git("status", "--porcelain", "--", *CODE)) is None else bool(changes),
         "config_sha256": hashlib.sha256((run_dir / "config.json").read_bytes()).hexdigest(),
         "model": loaded.provenance,
         "data": provenance_of(documents),
