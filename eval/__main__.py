@@ -10,6 +10,7 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,8 @@ import torch
 
 import replace
 from eval.ablation import parts_of
-from eval.layer_outputs import capture
-from eval.measure import Yardstick, conclude, last_student, measure, probe_rows, yardstick
-from eval.metrics import FILE, new_metrics, read_metrics, write_metrics
+from eval.measure import Yardstick, conclude, keep_teacher, measure, yardstick
+from eval.metrics import FILE, last_student, new_metrics, read_metrics, write_metrics
 from eval.plan import clear_tokens_of
 from eval.report import write_report
 from replace.compose import choices, compose, load_config
@@ -27,6 +27,7 @@ from replace.config import Config, DataConfig, ModelConfig
 from replace.console import Console
 from replace.errors import UserError, bad_value
 from replace.loading import load_model
+from replace.precision import autocast
 from replace.validation import check_reach
 
 logger = logging.getLogger(__name__)
@@ -109,7 +110,7 @@ def evaluate(options: dict[str, str]) -> Path:
         config.budget = compose([f"budget={options['budget']}"]).budget
     same_text = _take_data(config, options.get("data"))
     if "eval" in options:
-        config.eval = compose([f"eval={options['eval']}"]).eval
+        config.eval = replace_fields(compose([f"eval={options['eval']}"]).eval, control=config.eval.control)
 
     recorded = None
     if source is not None:
@@ -123,7 +124,7 @@ def evaluate(options: dict[str, str]) -> Path:
         check_reach(config.budget.eval, positions)
     using = yardstick(tokenizer, config, clear=clear_tokens_of(model, config.attention))
     if source is not None:
-        using = _with_teacher(config, using)
+        _keep_teacher(config, using)
     model = _moved(model)
 
     metrics = recorded or new_metrics(
@@ -142,6 +143,7 @@ def evaluate(options: dict[str, str]) -> Path:
     kept = before if same_text and config.eval.base != "quick" else {}
     training = {"training": before["training"]} if "training" in before else {}
     measured = measure(model, tokenizer, config, phase=phase, final=True, using=using)
+    measured["test_reads"] += before.get("test_reads", 0) if same_text else 0
     metrics["phases"][phase] = merged(kept, measured) | training
     metrics["wall_seconds"][f"eval {phase}"] = round(time.perf_counter() - start, 1)
     conclude(metrics, parts)
@@ -158,10 +160,19 @@ def merged(recorded: dict, measured: dict) -> dict:
     result = recorded | measured
     if "seconds" in recorded and "seconds" in measured:
         result["seconds"] = recorded["seconds"] | measured["seconds"]
+    if "dev" in recorded and "dev" in measured:
+        result["dev"] = merged(recorded["dev"], measured["dev"])
     if "ablation" in recorded and "ablation" in measured:
         old, new = recorded["ablation"], measured["ablation"]
-        result["ablation"] = old | {name: old.get(name, {}) | twin for name, twin in new.items()}
+        result["ablation"] = old | {
+            name: old[name] if "why" in twin and name in old else _without_why(old.get(name, {})) | twin
+            for name, twin in new.items()
+        }
     return result
+
+
+def _without_why(twin: dict) -> dict:
+    return {name: figure for name, figure in twin.items() if name != "why"}
 
 
 def _take_data(config: Config, path: str | None) -> bool:
@@ -194,11 +205,12 @@ def _config_for(name: str, trust: bool) -> Config:
     return config
 
 
-def _with_teacher(config: Config, using: Yardstick) -> Yardstick:
-    """Capture the teacher's layer outputs; the teacher is gone from memory afterwards."""
+def _keep_teacher(config: Config, using: Yardstick) -> None:
+    """Keep what the student is compared with; the teacher is gone from memory afterwards."""
     teacher = load_model(config.model)
-    using.reference = capture(_moved(teacher.model), probe_rows(teacher.tokenizer, using))
-    return using
+    model = _moved(teacher.model).eval()
+    with autocast(config.precision, model.device), torch.no_grad():
+        keep_teacher(model, teacher.tokenizer, config, using)
 
 
 def _folder(options: dict[str, str], default: Path) -> Path:

@@ -4,21 +4,34 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from eval.ablation import ablate, parts_of
+from eval.control import control_of
 from eval.layer_outputs import Reference, capture, layer_outputs
-from eval.measurements import MEASUREMENTS
-from eval.metrics import PHASES
+from eval.measurements import KEPT, MEASUREMENTS
+from eval.metrics import PHASES, comparable, count_test_reads, last_student, most_final
 from eval.niah import Cell, MakeEpisode, episodes_of, generated, recall_grid
+from eval.other_text import Exchanged, OtherText, another, recall_with_other_state
 from eval.perplexity import perplexity, tokenise
-from eval.plan import ABLATIONS, NOT_MEASURED, Grid, Plan, clear_tokens, only, plan_for
+from eval.plan import (
+    ABLATIONS,
+    EXPLAINING,
+    OTHER_TEXT,
+    Grid,
+    Plan,
+    clear_tokens,
+    only,
+    plan_for,
+    why_not,
+)
 from eval.probes import probe
 from eval.speed import decode_speed, kept_bytes
-from eval.verdict import recovery, verdict
+from eval.verdict import CONTROL, recovery, verdict
 from replace.config import Config
 from replace.corpora import PERPLEXITY_BOOKS, Document, load_documents
 from replace.episodes import Episode, HaystackSource, haystack, make_episode
@@ -41,12 +54,18 @@ class Yardstick:
         make: makes the episode of a cell.
         haystacks: gives the held-out haystack of a name.
         reference: the teacher's attention outputs, once the teacher was measured.
+        clear: least tokens between a needle and the answer.
+        dev: the same of the dev split, None where there is none.
+        kept: what measurements keep of the teacher for the students, by their names.
     """
 
     books: dict[str, str]
     make: MakeEpisode
     haystacks: Callable[[str], HaystackSource]
     reference: Reference | None = None
+    clear: int = 0
+    dev: "Yardstick | None" = None
+    kept: dict[str, Any] = field(default_factory=dict)
 
 
 def yardstick(
@@ -63,6 +82,14 @@ def yardstick(
     """
     documents = load_documents(config.data) if documents is None else documents
     clear = clear_tokens(config.attention) if clear is None else clear
+    test = _held_out(tokenizer, documents, "test", clear)
+    if any(document.split == "dev" for document in documents):
+        test.dev = _held_out(tokenizer, documents, "dev", clear)
+    return test
+
+
+def _held_out(tokenizer, documents: Sequence[Document], split: str, clear: int) -> Yardstick:
+    """The texts and episodes of one split."""
     sources: dict[str, HaystackSource] = {}
 
     def haystacks(name: str) -> HaystackSource:
@@ -81,18 +108,18 @@ def yardstick(
             cell.phrasing,
             distractors=cell.distractors,
             clear=clear,
-            haystack_split="test",
+            haystack_split=split,
         )
 
-    books = {document.name: document.text for document in held_out_books(documents)}
-    return Yardstick(books, make, haystacks)
+    books = {document.name: document.text for document in held_out_books(documents, split)}
+    return Yardstick(books, make, haystacks, clear=clear)
 
 
-def held_out_books(documents: Sequence[Document]) -> list[Document]:
-    """The two held-out books for perplexity; of a user's own data its longest test documents."""
-    test = [document for document in documents if document.split == "test"]
-    named = [document for document in test if document.name in PERPLEXITY_BOOKS]
-    return named or sorted(test, key=lambda document: -len(document.text))[:2]
+def held_out_books(documents: Sequence[Document], split: str = "test") -> list[Document]:
+    """The two held-out books for perplexity; of other texts the longest documents of the split."""
+    held_out = [document for document in documents if document.split == split]
+    named = [document for document in held_out if document.name in PERPLEXITY_BOOKS]
+    return named or sorted(held_out, key=lambda document: -len(document.text))[:2]
 
 
 def measure(
@@ -125,27 +152,26 @@ def measure(
     result: dict = {}
     try:
         with autocast(config.precision, model.device), cast_once(model, config.precision):
+            parts = parts_of(model)
             if plan is None:
-                plan = plan_for(config.budget.eval, parts_of(model), phase=phase, final=final)
+                plan = plan_for(
+                    config.budget.eval, parts, phase=phase, final=final, dev=using.dev is not None
+                )
                 plan = only(plan, config.eval.base)
-            if plan.perplexity:
-                with _timed(seconds, phase, "perplexity"):
-                    result["perplexity"] = _perplexities(model, tokenizer, config, using)
+            result |= _figures(model, tokenizer, config, plan, using, seconds, phase)
+            if plan.dev is not None and using.dev is not None:
+                figures = _figures(model, tokenizer, config, plan.dev, using.dev, seconds, phase, "dev ")
+                result |= {"dev": figures} if figures else {}
+            if result.get("ablation") and final:
+                result["ablation"] |= _unmeasured(config, result["ablation"], parts)
             if plan.probes:
                 with _timed(seconds, phase, "probes"):
                     result["probes"] = probe(model, tokenizer)
             if phase == "teacher":
-                using.reference = capture(model, probe_rows(tokenizer, using))
+                keep_teacher(model, tokenizer, config, using)
             if plan.layer_outputs and using.reference is not None:
                 with _timed(seconds, phase, "layer_outputs"):
                     result["layer_outputs"] = layer_outputs(model, using.reference)
-            if plan.grids:
-                with _timed(seconds, phase, "recall"):
-                    result |= _recalls(model, plan.grids, using)
-            ablation = _ablations(model, tokenizer, config, plan, using, seconds, phase)
-            if ablation:
-                others = {name: {"why": why} for name, why in NOT_MEASURED.items()} if final else {}
-                result["ablation"] = ablation | others
             if plan.generated and plan.grids:
                 with _timed(seconds, phase, "generation"):
                     cell = plan.grids[0].cells[0]
@@ -164,34 +190,89 @@ def measure(
         model.train(training)
         for parameter in trained:
             parameter.requires_grad_(True)
+    on_test = (
+        plan.perplexity or bool(plan.grids) or (bool(config.eval.more) and (final or phase == "teacher"))
+    )
+    result["test_reads"] = int(on_test)
     result["seconds"] = seconds
     return result
 
 
-def _perplexities(model, tokenizer, config: Config, using: Yardstick) -> dict[str, dict]:
+def keep_teacher(model, tokenizer, config: Config, using: Yardstick) -> None:
+    """Keep in `using` what later phases are compared with: layer outputs, and what `eval.more` asks for."""
+    using.reference = capture(model, probe_rows(tokenizer, using))
+    for name in config.eval.more:
+        if name in KEPT.names():
+            using.kept[name] = KEPT.get(name)(model, tokenizer, config, using)
+
+
+def _figures(
+    model,
+    tokenizer,
+    config: Config,
+    plan: Plan,
+    using: Yardstick,
+    seconds: dict[str, float],
+    phase: str,
+    split: str = "",
+) -> dict:
+    """Perplexity, recall and their ablations on the texts of one split; `split` stands before the seconds."""
+    result: dict = {}
+    if plan.perplexity:
+        with _timed(seconds, phase, f"{split}perplexity"):
+            result["perplexity"] = _perplexities(model, tokenizer, config, using)
+    if plan.grids:
+        with _timed(seconds, phase, f"{split}recall"):
+            result |= _recalls(model, plan.grids, using)
+    names = [*ABLATIONS, OTHER_TEXT]
+    twins = {
+        name: _ablated(model, tokenizer, config, plan, using, name, (seconds, phase, split)) for name in names
+    }
+    twins = {name: twin for name, twin in twins.items() if twin}
+    return result | ({"ablation": twins} if twins else {})
+
+
+def _unmeasured(config: Config, measured: dict, parts: dict[str, Any]) -> dict[str, dict]:
+    """The ablations of the last phase that are no switch, and why the others are missing."""
+    others = {
+        name: {"why": why_not(name, parts) or "not part of this plan"}
+        for name in EXPLAINING
+        if name not in measured
+    }
+    return others | {CONTROL: control_of(config, parts)}
+
+
+def _perplexities(model, tokenizer, config: Config, using: Yardstick, ablation: str = "") -> dict[str, dict]:
+    """Of each text; of its first half of windows for what only explains."""
     budget = config.budget.eval
-    return {
-        name: perplexity(
-            model,
+    length, tokens = budget.perplexity_length, budget.perplexity_tokens
+    if ablation in EXPLAINING:
+        tokens = max(length, tokens // length // 2 * length)
+    results = {}
+    for name, text in using.books.items():
+        subject = model
+        if ablation == OTHER_TEXT:
+            other = OtherText(model, tokenizer, another(using.books, name), length // 2)
+            subject = Exchanged(model, other)
+        results[name] = perplexity(
+            subject,
             tokenizer,
             text,
-            length=budget.perplexity_length,
-            tokens=budget.perplexity_tokens,
-            batch=_batch(model, budget.perplexity_length),
+            length=length,
+            tokens=tokens,
+            batch=_batch(model, length),
             seed=SEED,
-            label=f"perplexity, {name}",
+            label=f"{ablation.replace('_', ' ')} perplexity, {name}".strip(),
         )
-        for name, text in using.books.items()
-    }
+    return results
 
 
 def _recalls(model, grids: Sequence[Grid], using: Yardstick, ablation: str = "") -> dict[str, dict]:
     """{"passkey": ..., "niah": ...}: pass keys in phrasings as in the training, and everything else."""
     results: dict[str, dict] = {}
     for grid in grids:
-        trained = [cell for cell in grid.cells if cell.kind == "passkey" and cell.phrasing == "train"]
-        others = [cell for cell in grid.cells if cell not in trained]
-        for task, cells in (("passkey", trained), ("niah", others)):
+        for task in ("passkey", "niah"):
+            cells = [cell for cell in grid.cells if _task(cell.kind, cell.phrasing) == task]
             if cells:
                 found = recall_grid(
                     model,
@@ -208,27 +289,66 @@ def _recalls(model, grids: Sequence[Grid], using: Yardstick, ablation: str = "")
     return results
 
 
-def _ablations(
-    model, tokenizer, config: Config, plan: Plan, using: Yardstick, seconds: dict[str, float], phase: str
-) -> dict[str, dict]:
-    """The twins of this phase with parts of the state switched off, on the same episodes and windows."""
-    twins = {}
-    for name, parts in ABLATIONS.items():
-        grids = [grid for grid in plan.grids if name in grid.ablations]
-        with_perplexity = name in plan.perplexity_ablations
-        if not grids and not with_perplexity:
-            continue
-        with _timed(seconds, phase, name), ablate(model, **parts):
-            twin = _recalls(model, grids, using, ablation=name)
-            if with_perplexity:
-                twin["perplexity"] = _perplexities(model, tokenizer, config, using)
-        twins[name] = twin
-    return twins
+def _ablated(
+    model,
+    tokenizer,
+    config: Config,
+    plan: Plan,
+    using: Yardstick,
+    name: str,
+    timing: tuple[dict[str, float], str, str],
+) -> dict:
+    """The twin of this phase under one ablation, on the same episodes and windows; empty if not planned."""
+    grids = [grid for grid in plan.grids if name in grid.ablations]
+    with_perplexity = name in plan.perplexity_ablations
+    twin: dict = {}
+    if not grids and not with_perplexity:
+        return twin
+    seconds, phase, split = timing
+    switched = ablate(model, **ABLATIONS[name]) if name in ABLATIONS else nullcontext()
+    with _timed(seconds, phase, f"{split}{name}"), switched:
+        if name == OTHER_TEXT:
+            twin |= _recalls_with_other_state(model, tokenizer, grids, using)
+        else:
+            twin |= _recalls(model, grids, using, ablation=name)
+        if with_perplexity:
+            twin["perplexity"] = _perplexities(model, tokenizer, config, using, name)
+    return twin
+
+
+def _recalls_with_other_state(model, tokenizer, grids: Sequence[Grid], using: Yardstick) -> dict[str, dict]:
+    """As `_recalls`, with the state of a held-out book in place of the haystack's."""
+    results: dict[str, dict] = {}
+    for grid in grids:
+        length = max(cell.length for cell in grid.cells)
+        other = OtherText(model, tokenizer, next(iter(using.books.values())), length)
+        found = recall_with_other_state(
+            model,
+            grid.cells,
+            using.make,
+            other,
+            episodes=grid.episodes_of(OTHER_TEXT),
+            clear=using.clear,
+            seed=SEED,
+            batch=_batch(model, length),
+        )
+        for part in ("cells", "means"):
+            for entry in found[part]:
+                results.setdefault(_task(entry["kind"], entry["phrasing"]), {"cells": [], "means": []})[
+                    part
+                ].append(entry)
+    return results
+
+
+def _task(kind: str, phrasing: str) -> str:
+    """Pass keys in phrasings as in the training are one task, everything else the other."""
+    return "passkey" if kind == "passkey" and phrasing == "train" else "niah"
 
 
 def probe_rows(tokenizer, using: Yardstick) -> torch.Tensor:
-    """The beginning of the first held-out text, [1, T]."""
-    ids, _ = tokenise(tokenizer, next(iter(using.books.values())), PROBE_TOKENS)
+    """The beginning of the first dev text, or of the first test text where there is no dev, [1, T]."""
+    books = (using.dev or using).books
+    ids, _ = tokenise(tokenizer, next(iter(books.values())), PROBE_TOKENS)
     return torch.tensor([ids])
 
 
@@ -245,16 +365,13 @@ def _timed(seconds: dict[str, float], phase: str, name: str) -> Iterator[None]:
     logger.info("%s: %s took %.1f s", phase, name, seconds[name])
 
 
-def conclude(metrics: dict, parts: dict[str, int]) -> None:
-    """Add to `metrics`, in place, the parts and the last phase's recovery and verdict."""
+def conclude(metrics: dict, parts: dict[str, Any]) -> None:
+    """Add to `metrics`, in place, the parts, the reads of test, and the last phase's recovery and verdict."""
     student = last_student(metrics)
     metrics["parts"] = parts
+    metrics["test_reads"] = count_test_reads(metrics)
     if student is None:
         return
-    metrics["recovery"] = recovery(metrics["phases"], student, seed=SEED)
-    metrics["verdict"] = verdict(metrics["phases"][student], parts, seed=SEED)
-
-
-def last_student(metrics: dict) -> str | None:
-    """The last measured phase of a student, None if only a teacher was measured."""
-    return next((name for name in reversed(PHASES) if name != "teacher" and name in metrics["phases"]), None)
+    phases = {name: comparable(phase) for name, phase in metrics["phases"].items()}
+    metrics["recovery"] = recovery(phases, student, seed=SEED)
+    metrics["verdict"] = verdict(most_final(metrics["phases"][student]), parts, seed=SEED)

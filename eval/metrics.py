@@ -1,24 +1,35 @@
 """metrics.json: every figure of a run, by phase. A stable schema that scripts, sweeps and the report read.
 
     {"schema": 1, "model", "attention", "experiment", "layers": [..], "seed", "device",
-     "wall_seconds": {"<phase>" | "eval <phase>": seconds},
-     "parts": {"replaced", "memory", "pairs", "full_attention": numbers of layers},
+     "wall_seconds": {"<phase>" | "eval <phase>": seconds}, "test_reads",
+     "parts": {"replaced", "memory", "pairs", "sinks", "full_attention": numbers of layers,
+               "unreplaced": {"full_attention", "sliding_window", "recurrent": indices of layers}},
      "replaced": [{"layer", "path", "old_class", "new_class", "variant", "parameters", "new_parameters",
                    "state_bytes", "output": {"mean", "std", "min", "max", "beyond_fp16"}}],
      "phases": {"<phase>": a phase}, "recovery": {"<figure>": {"value", "interval"} or with "why"},
-     "verdict": {"memory", "pairs", "memory_and_pairs", "carried_by_full_attention", "details"}}
+     "verdict": {"called", "memory", "pairs", "memory_and_pairs", "carried_by_full_attention", "carriers",
+                 "details"}}
 
 A phase is one of PHASES and has, as far as it was measured,
 
     {"perplexity": {"<text>": see eval.perplexity}, "probes": see eval.probes,
      "passkey", "niah": {"cells", "means"}: see eval.niah (a pass key in phrasings of the training; needles in
                                             phrasings never trained on),
-     "ablation": {"memory_off" | "pairs_off" | "memory_and_pairs_off": {"perplexity", "passkey", "niah"},
+     "ablation": {"memory_off" | "pairs_off" | "memory_and_pairs_off" | "window_off" | "sinks_off" |
+                  "other_text_state": {"perplexity", "passkey", "niah"},
+                  "sliding_window_control": {"run", "phase", "perplexity", "passkey", "niah"},
                   "<one that is not measured>": {"why"}},
+     "dev": {"perplexity", "passkey", "niah", "ablation"}, "test_reads",
      "layer_outputs": see eval.layer_outputs,
      "speed": {"state": see eval.speed.kept_bytes, "decode": see eval.speed.decode_speed},
      "generation": {"episodes", "exact", "agrees"}, "seconds": {"<measurement>": seconds},
      "training": {"tokens", "loss_first", "loss_last", "skipped_steps", "clamped", "nonfinite"}}
+
+Splits. What stands in a phase itself was measured on the test text, what stands in its "dev" on the dev text.
+The swap and the stages before the last have figures on dev alone; the teacher and the last phase have both:
+test for the table, the ablations and the verdict; perplexity and recall on dev as well, because a recovery
+takes teacher, swap and student on one text (`comparable`). Where the data have no dev split, all is measured
+on test. A phase's "test_reads" counts how often its model was measured on test, the run's adds these up.
 
 A phase that did not run is absent. A figure that could not be measured is null, with a "why" beside it.
 """
@@ -32,7 +43,9 @@ from replace.errors import UserError, bad_value
 from replace.files import atomic_write
 
 SCHEMA = 1
-PHASES = ("teacher", "swapped", "stage1", "stage2", "stage3", "lora", "model")
+TEACHERS = ("teacher", "continued_teacher")
+"""Phases of a model whose attention was not replaced."""
+PHASES = (*TEACHERS, "swapped", "stage1", "stage2", "stage3", "lora", "model")
 FILE = "metrics.json"
 
 
@@ -103,8 +116,9 @@ def problems(metrics: Any) -> list[str]:
     phases = metrics.get("phases", {})
     wrong += [f"phases.{name} is none of {', '.join(PHASES)}" for name in phases if name not in PHASES]
     for name, phase in phases.items():
-        places = {name: phase}
-        places |= {f"{name}.ablation.{part}": twin for part, twin in phase.get("ablation", {}).items()}
+        places = {name: phase, f"{name}.dev": phase.get("dev", {})}
+        for place, figures in list(places.items()):
+            places |= {f"{place}.ablation.{part}": twin for part, twin in figures.get("ablation", {}).items()}
         for place, figures in places.items():
             for corpus, entry in (figures.get("perplexity") or {}).items():
                 if entry.get("ppl") is None and "why" not in entry:
@@ -127,3 +141,30 @@ def clean(value: Any) -> Any:
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     return value
+
+
+def last_student(metrics: dict) -> str | None:
+    """The last measured phase of a student, None if only a teacher was measured."""
+    phases = [name for name in PHASES if name not in TEACHERS and name in metrics["phases"]]
+    return phases[-1] if phases else None
+
+
+def comparable(phase: dict) -> dict:
+    """The figures of a phase on the text on which all phases of its run were measured."""
+    return phase.get("dev", phase)
+
+
+def perplexities(phase: dict) -> dict:
+    """Every text's perplexity, dev before test."""
+    return phase.get("dev", {}).get("perplexity", {}) | phase.get("perplexity", {})
+
+
+def most_final(phase: dict) -> dict:
+    """The figures of a phase on test, or on dev where it was measured on that alone."""
+    figures = ("perplexity", "passkey", "niah")
+    return phase if any(name in phase for name in figures) else comparable(phase)
+
+
+def count_test_reads(metrics: dict) -> int:
+    """How often a model of this run was measured on the test text."""
+    return sum(phase.get("test_reads", 0) for phase in metrics["phases"].values())

@@ -4,37 +4,43 @@ The budget's `episodes` counts those of one length and depth. They are spread ev
 needles in new phrasings, in novels and in repeated filler, so each `Cell` gets a quarter of them, rounded up,
 and each mean over the three depths that the report prints rests on 3 * episodes / 4. Between the stages the
 two parts of the state are switched off together only; at the end each of them alone as well, and perplexity
-is measured without them too.
+is measured without them too. What only explains a result (`EXPLAINING`) is measured at the end, at the
+shortest length, on the first half of the episodes and windows.
+
+Where there is a dev split, what lies between the phases is measured on that: swap and stages on dev alone,
+the last phase and the teacher on test, and on dev besides, because a recovery needs the teacher, the swap and
+the student on one text.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
+from eval.metrics import TEACHERS
 from eval.niah import Cell
 from replace.config import AttentionConfig, EvalBudget
 
 DEPTHS = (0.1, 0.5, 0.9)
-TASKS = (("passkey", "train"), ("sentence", "test"))
-"""Kind of needle and phrasings: one as in the training, one never trained on."""
+TRAINED, KINDS = "passkey", ("passkey", "sentence")
+"""Kinds of needle: one in phrasings as in the training, the others in phrasings never trained on."""
 HAYSTACKS = ("novel", "filler")
 DISTRACTOR_EVERY = 128
 """Tokens between two distractor facts in the distractor row."""
 MOST_DISTRACTORS = 32
 COMBINED = "memory_and_pairs_off"
-ABLATIONS = {
+OTHER_TEXT = "other_text_state"
+ABLATIONS: dict[str, dict[str, bool]] = {
     "memory_off": {"memory": True},
     "pairs_off": {"pairs": True},
     COMBINED: {"memory": True, "pairs": True},
+    "window_off": {"window": True, "beside_memory": True},
+    "sinks_off": {"sinks": True},
 }
-NOT_MEASURED = {
-    "window_off": "not part of this plan",
-    "sinks_off": "not part of this plan",
-    "other_text_state": "not part of this plan",
-    "sliding_window_control": "a run of its own is needed: python -m replace +exp=window",
-}
-"""The other ablations of the schema, and why they are not measured."""
+"""What `eval.ablation.ablate` is told; `OTHER_TEXT` is no switch, see `eval.other_text`."""
+EXPLAINING = ("window_off", "sinks_off", OTHER_TEXT)
 
 
 @dataclass(frozen=True)
@@ -51,12 +57,14 @@ class Grid:
 
     def episodes_of(self, ablation: str) -> int:
         """Episodes a cell for an ablation (none: everything on): the first ones, so that they pair."""
+        if ablation in EXPLAINING:
+            return math.ceil(self.episodes / 2)
         return self.episodes if self.ablated is None or not ablation else self.ablated
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One phase's measurements."""
+    """One phase's measurements; `dev` are those on the dev split, the others are on test."""
 
     grids: tuple[Grid, ...] = ()
     perplexity: bool = True
@@ -66,56 +74,102 @@ class Plan:
     state_lengths: tuple[int, ...] = ()
     decode_lengths: tuple[int, ...] = ()
     generated: int = 0
+    dev: "Plan | None" = None
 
 
-def plan_for(budget: EvalBudget, parts: dict[str, int], *, phase: str, final: bool) -> Plan:
+def plan_for(
+    budget: EvalBudget, parts: Mapping[str, Any], *, phase: str, final: bool, dev: bool = False
+) -> Plan:
     """The measurements of a phase.
 
     Args:
         parts: layers by part, from `eval.ablation.parts_of`; only what is there can be switched off.
         final: the last phase of a run.
+        dev: whether there is a dev split.
     """
     present = [part for part in ("memory", "pairs") if parts.get(part)]
     combined = (COMBINED,) if present else ()
     each = tuple(f"{part}_off" for part in present) if len(present) == 2 else ()
+    explaining = explained_by(parts) if final else ()
     lengths = budget.final_lengths if final else budget.phase_lengths
-    last_or_teacher = final or phase == "teacher"
+    last_or_teacher = final or phase in TEACHERS
+    spread = max(1, math.ceil(budget.episodes / (len(KINDS) * len(HAYSTACKS))))
+    if dev and phase != "model":
+        between = () if last_or_teacher else combined
+        shared = Plan(
+            tuple(Grid(cells_of(n, "dev"), spread, between) for n in sorted(set(budget.phase_lengths))),
+            probes=False,
+            layer_outputs=False,
+        )
+        if not last_or_teacher:
+            return Plan(perplexity=False, dev=shared)
+    else:
+        shared = None
     grids = []
     for length in sorted(set(lengths)):
-        cells = tuple(
-            Cell(length, depth, kind, phrasing, haystack)
-            for kind, phrasing in TASKS
-            for haystack in HAYSTACKS
-            for depth in DEPTHS
-        )
-        spread = max(1, math.ceil(budget.episodes / (len(TASKS) * len(HAYSTACKS))))
+        shortest = length == min(lengths)
         # Long texts cost most, and there the ablations need not be as precise as at the first length.
-        ablated = None if length == min(lengths) else math.ceil(spread / 2)
-        grids.append(Grid(cells, spread, combined + (each if final else ()), ablated))
+        ablated = None if shortest else math.ceil(spread / 2)
+        off = combined + (each if final else ()) + (explaining if shortest else ())
+        grids.append(Grid(cells_of(length, "test"), spread, off, ablated))
     if last_or_teacher:
         length = min(budget.phase_lengths)
         distractors = min(MOST_DISTRACTORS, max(1, length // DISTRACTOR_EVERY))
-        cells = tuple(Cell(length, depth, "passkey", "train", "novel", distractors) for depth in DEPTHS)
+        cells = tuple(Cell(length, depth, TRAINED, "train", "novel", distractors) for depth in DEPTHS)
         grids.append(Grid(cells, max(1, budget.episodes // 4)))
     return Plan(
         tuple(grids),
-        perplexity_ablations=combined + each if final else (),
+        perplexity_ablations=combined + each + explaining if final else (),
         state_lengths=tuple(budget.speed_lengths) if last_or_teacher else (),
         decode_lengths=tuple(sorted(set(budget.final_lengths))) if last_or_teacher else (),
         generated=min(2, budget.episodes) if final else 0,
+        dev=shared,
     )
+
+
+def cells_of(length: int, phrasing: str) -> tuple[Cell, ...]:
+    """The cells of one length; needles in phrasings of the split that `phrasing` names."""
+    return tuple(
+        Cell(length, depth, kind, "train" if kind == TRAINED else phrasing, haystack)
+        for kind in KINDS
+        for haystack in HAYSTACKS
+        for depth in DEPTHS
+    )
+
+
+def explained_by(parts: Mapping[str, Any]) -> tuple[str, ...]:
+    """Those of `EXPLAINING` that a model with these parts allows."""
+    return tuple(name for name in EXPLAINING if why_not(name, parts) is None)
+
+
+def why_not(name: str, parts: Mapping[str, Any]) -> str | None:
+    """Why an ablation says nothing about a model with these parts; None where it does."""
+    needs = {
+        "memory_off": ("memory",),
+        "pairs_off": ("pairs",),
+        "window_off": ("memory",),
+        "sinks_off": ("sinks",),
+    }
+    wanted = needs.get(name, ("memory", "pairs"))
+    words = {"memory": "a linear memory", "pairs": "retained pairs", "sinks": "sinks"}
+    if any(parts.get(part) for part in wanted):
+        return None
+    return f"no layer has {' or '.join(words[part] for part in wanted)}"
 
 
 def only(plan: Plan, name: str) -> Plan:
     """What of a plan belongs to a base (`eval.base`): quick is all of it."""
+    nothing = Plan(perplexity=False, probes=False, layer_outputs=False)
+    dev = None if plan.dev is None else only(plan.dev, name)
     if name == "none":
-        return Plan(perplexity=False, probes=False, layer_outputs=False)
+        return nothing
     if name == "perplexity":
-        return Plan(probes=False, layer_outputs=False, perplexity_ablations=plan.perplexity_ablations)
+        off = plan.perplexity_ablations
+        return replace(nothing, perplexity=plan.perplexity, perplexity_ablations=off, dev=dev)
     if name == "recall":
-        return Plan(plan.grids, perplexity=False, probes=False, layer_outputs=False, generated=plan.generated)
+        return replace(nothing, grids=plan.grids, generated=plan.generated, dev=dev)
     if name == "probes":
-        return Plan(perplexity=False)
+        return replace(nothing, probes=plan.probes, layer_outputs=plan.layer_outputs)
     return plan
 
 

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from eval.metrics import PHASES
+from eval.metrics import PHASES, perplexities
 from eval.niah import rate
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
@@ -30,6 +30,7 @@ STATES = {
 }
 PHASE_COLOURS = {
     "teacher": GREY,
+    "continued_teacher": SKY,
     "swapped": RED,
     "stage1": ORANGE,
     "stage2": GREEN,
@@ -39,6 +40,7 @@ PHASE_COLOURS = {
 }
 PHASE_WORDS = {
     "teacher": "teacher",
+    "continued_teacher": "continued teacher",
     "swapped": "swapped, untrained",
     "stage1": "stage 1",
     "stage2": "stage 2",
@@ -153,13 +155,14 @@ def transfer_by_layer(phases: dict) -> Figure:
 
 def perplexity_by_phase(phases: dict) -> Figure:
     """Each text's perplexity by phase (the teacher's as a line), and by position in the window."""
-    measured = [name for name in PHASES if (phases.get(name) or {}).get("perplexity")]
-    corpora = sorted({corpus for name in measured for corpus in phases[name]["perplexity"]})
+    found = {name: perplexities(phases[name]) for name in PHASES if name in phases}
+    measured = [name for name, figures in found.items() if figures]
+    corpora = list(dict.fromkeys(corpus for name in measured for corpus in sorted(found[name])))
     if not corpora:
         raise NotMeasured("perplexity was not measured")
     figure, axes = panels_of(len(corpora), 2, width=4.6, height=2.8)
     for row, corpus in zip(axes, corpora, strict=True):
-        figures = {name: phases[name]["perplexity"].get(corpus) for name in measured}
+        figures = {name: found[name].get(corpus) for name in measured}
         figures = {name: entry for name, entry in figures.items() if entry and entry.get("ppl") is not None}
         _by_phase(row[0], figures)
         row[0].set_title(corpus)

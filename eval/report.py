@@ -13,7 +13,8 @@ from statistics import fmean
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from omegaconf import OmegaConf
 
-from eval.metrics import PHASES, read_metrics
+from eval.explaining import explaining, what_it_is
+from eval.metrics import PHASES, last_student, most_final, perplexities, read_metrics
 from eval.niah import means
 from eval.plots import PHASE_WORDS, STATES, TASK_WORDS, draw_all
 from eval.sections import pictures, written
@@ -95,8 +96,9 @@ def render(
         command: how the run was started.
     """
     phases = metrics["phases"]
-    student = next((name for name in reversed(PHASES) if name != "teacher" and name in phases), None)
+    student = last_student(metrics)
     main = phases[student or "teacher"] if phases else {}
+    main = main | most_final(main)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         undefined=StrictUndefined,
@@ -108,7 +110,9 @@ def render(
     text = environment.get_template("report.md.j2").render(
         title=_title(metrics),
         summary=summary(metrics, student),
+        called=what_it_is(metrics),
         verdicts=_verdicts(metrics),
+        explained=explaining(main),
         recall_gain=f"{100 * RECALL_GAIN:.0f}",
         perplexity_gain=f"{100 * PERPLEXITY_GAIN:g}",
         phase_table=_phase_table(phases),
@@ -132,7 +136,7 @@ def render(
         outputs=_outputs(main, student),
         commands=_commands(command),
         protocol=_protocol(metrics),
-        reads=len(phases),
+        reads=metrics.get("test_reads", len(phases)),
         plots={name: _plot(name, drawn.get(name, "it was not drawn")) for name in PLOTS},
         provenance=json.dumps(provenance, indent=1, ensure_ascii=False) if provenance else None,
     )
@@ -167,34 +171,51 @@ def _verdicts(metrics: dict) -> list[dict]:
 
 
 def _phase_table(phases: dict) -> dict:
+    """The figures of each phase, those on dev before those on test."""
     present = [name for name in PHASES if name in phases]
-    corpora = list(dict.fromkeys(corpus for name in present for corpus in phases[name].get("perplexity", {})))
-    lengths = sorted({length for name in present for length in recall_lengths(phases[name])})
-    columns = [f"perplexity, {corpus}" for corpus in corpora] + [
-        f"bits a byte, {corpus}" for corpus in corpora
-    ]
+    splits = ["dev", "test"] if any("dev" in phases[name] for name in present) else ["test"]
+    columns: list[str] = []
+    rows: dict[str, list[str]] = {name: [] for name in present}
+    for split in splits:
+        views = {name: phases[name].get("dev", {}) if split == "dev" else phases[name] for name in present}
+        more, cells = _phase_cells(views)
+        columns += [f"{column} ({split})" for column in more] if len(splits) > 1 else more
+        for name in present:
+            rows[name] += cells[name]
+    columns.append("probes")
+    for name in present:
+        judged = [probe["hit"] for probe in phases[name].get("probes", []) if probe["hit"] is not None]
+        rows[name].append(f"{sum(judged)} of {len(judged)}" if judged else DASH)
+    return {
+        "columns": columns,
+        "rows": [{"name": PHASE_WORDS[name], "cells": rows[name]} for name in present],
+    }
+
+
+def _phase_cells(views: dict[str, dict]) -> tuple[list[str], dict[str, list[str]]]:
+    """Columns, and the cells of each phase, of figures on one split."""
+    corpora = list(dict.fromkeys(corpus for view in views.values() for corpus in view.get("perplexity", {})))
+    lengths = sorted({length for view in views.values() for length in recall_lengths(view)})
+    columns = [f"perplexity, {corpus}" for corpus in corpora]
+    columns += [f"bits a byte, {corpus}" for corpus in corpora]
     for length in lengths:
         columns += [f"recall at {length:,}", f"both off, {length:,}"]
-    columns.append("probes")
-    rows = []
-    for name in present:
-        phase = phases[name]
-        entries = [phase.get("perplexity", {}).get(corpus) for corpus in corpora]
+    rows = {}
+    for name, view in views.items():
+        entries = [view.get("perplexity", {}).get(corpus) for corpus in corpora]
         cells = [with_interval(entry, "ppl", ".2f") if entry else DASH for entry in entries]
         cells += [
             f"{entry['bits_per_byte']:.3f}" if entry and entry.get("bits_per_byte") else DASH
             for entry in entries
         ]
         for length in lengths:
-            off = phase.get("ablation", {}).get("memory_and_pairs_off", {})
+            off = view.get("ablation", {}).get("memory_and_pairs_off", {})
             cells += [
                 exact(pooled) if pooled else DASH
-                for pooled in (recall_at(phase, length), recall_at(off, length))
+                for pooled in (recall_at(view, length), recall_at(off, length))
             ]
-        judged = [probe["hit"] for probe in phase.get("probes", []) if probe["hit"] is not None]
-        cells.append(f"{sum(judged)} of {len(judged)}" if judged else DASH)
-        rows.append({"name": PHASE_WORDS[name], "cells": cells})
-    return {"columns": columns, "rows": rows}
+        rows[name] = cells
+    return columns, rows
 
 
 def _recall(phases: dict, main: dict) -> list[dict]:
@@ -407,7 +428,7 @@ def _protocol(metrics: dict) -> list[str]:
     entries = {
         (corpus, entry["protocol"])
         for phase in metrics["phases"].values()
-        for corpus, entry in phase.get("perplexity", {}).items()
+        for corpus, entry in perplexities(phase).items()
     }
     lines += [f"perplexity on {corpus}: {protocol}" for corpus, protocol in sorted(entries)]
     lines.append(f"seed {metrics['seed']}, device {metrics['device']}")

@@ -1,5 +1,7 @@
 """The first paragraph of the report: what was replaced, lost and won back, and the computed verdict."""
 
+from eval.explaining import who_carries
+from eval.metrics import comparable
 from eval.plots import PHASE_WORDS
 from eval.words import PART_WORDS, exact, listed, percent, recall_at, recall_lengths, recall_means
 
@@ -19,6 +21,7 @@ def summary(metrics: dict, student: str | None) -> str:
     sentences += _in_words(metrics)
     if remaining:
         sentences.append(f"Layers that still have full attention and can carry a fact alone: {remaining}.")
+    sentences.append(who_carries(metrics))
     sentences += _kept(phases, student)
     distractors = [pooled for pooled in recall_means(phases[student]) if pooled["distractors"]]
     if distractors:
@@ -30,7 +33,7 @@ def summary(metrics: dict, student: str | None) -> str:
         teacher = [pooled for pooled in recall_means(phases.get("teacher", {})) if pooled["distractors"]]
         beside = f" (the teacher: {exact(teacher[0])})" if teacher else ""
         sentences.append(f"Recall among competing facts is {'; '.join(said)}{beside}.")
-    return " ".join(sentences)
+    return " ".join(filter(None, sentences))
 
 
 def _lost(phases: dict, student: str) -> list[str]:
@@ -39,15 +42,16 @@ def _lost(phases: dict, student: str) -> list[str]:
         missing = " and ".join(name for name in ("teacher", "swapped") if name not in phases)
         return [f"What the swap lost was not measured ({missing} not measured)."]
     lost = []
-    for corpus, entry in phases["teacher"].get("perplexity", {}).items():
-        after = phases["swapped"].get("perplexity", {}).get(corpus)
+    teacher, swapped = comparable(phases["teacher"]), comparable(phases["swapped"])
+    for corpus, entry in teacher.get("perplexity", {}).items():
+        after = swapped.get("perplexity", {}).get(corpus)
         if after and after.get("ppl") and entry.get("ppl"):
             change = percent(after["ppl"] / entry["ppl"] - 1)
             lost.append(
                 f"perplexity on {corpus} went from {entry['ppl']:.2f} to {after['ppl']:.2f} ({change})"
             )
-    for length in recall_lengths(phases["swapped"]):
-        before, after = recall_at(phases["teacher"], length), recall_at(phases["swapped"], length)
+    for length in recall_lengths(swapped):
+        before, after = recall_at(teacher, length), recall_at(swapped, length)
         if before and after:
             lost.append(
                 f"recall at {length:,} tokens went from {before['exact']:.2f} to {after['exact']:.2f}"

@@ -5,7 +5,8 @@ so that a reader can recompute it.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -19,9 +20,11 @@ RECALL_GAIN = 0.10
 PERPLEXITY_GAIN = 0.005
 """Half a percent of perplexity."""
 TASKS = ("passkey", "niah")
+WINDOW_ONLY, BY_FULL_ATTENTION = "window-only", "carried-by-full-attention"
+CONTROL = "sliding_window_control"
 
 
-def verdict(phase: dict, parts: dict[str, int], *, seed: int = 0) -> dict:
+def verdict(phase: dict, parts: Mapping[str, Any], *, seed: int = 0) -> dict:
     """The verdict on each part, from one measured phase with its ablations.
 
     `used`: with it on, recall gains at least 10 points or perplexity at least 0.5 %, and the paired interval
@@ -34,11 +37,18 @@ def verdict(phase: dict, parts: dict[str, int], *, seed: int = 0) -> dict:
         parts: how many layers have each part, from `eval.ablation.parts_of`.
 
     Returns:
-        {"memory", "pairs", "memory_and_pairs": a verdict, or null where the model has no such part or it was
-        not measured; "carried_by_full_attention": bool; "details": {part: {"recall": {...}, "perplexity":
-        {...}, "why"}}}.
+        {"called": what the model is to be called, see `called`; "memory", "pairs", "memory_and_pairs": a
+        verdict, or null where the model has no such part or it was not measured;
+        "carried_by_full_attention": bool; "carriers": the unreplaced layers that could carry a fact by
+        themselves, {kind: indices}; "details": {part: {"recall": {...}, "perplexity": {...}, "why"}}, and
+        under "control" the gain over the sliding-window control, where one was given}.
     """
-    result: dict = {"carried_by_full_attention": parts.get("full_attention", 0) > 0}
+    carriers = {kind: layers for kind, layers in parts.get("unreplaced", {}).items() if layers}
+    result: dict = {
+        "called": [],
+        "carried_by_full_attention": parts.get("full_attention", 0) > 0,
+        "carriers": carriers,
+    }
     details: dict[str, dict] = {}
     for part, ablation in PARTS.items():
         present = [name for name in part.split("_and_") if parts.get(name, 0)]
@@ -62,11 +72,34 @@ def verdict(phase: dict, parts: dict[str, int], *, seed: int = 0) -> dict:
             result[part] = None
             details[part]["why"] = "neither recall nor perplexity was measured on and off"
             continue
-        result[part] = next((vote for vote in votes if vote != "window-only"), "window-only")
+        result[part] = next((vote for vote in votes if vote != WINDOW_ONLY), WINDOW_ONLY)
         if "used" in votes and "harmful" in votes:
             details[part]["conflict"] = f"recall says {votes[0]}, perplexity says {votes[1]}"
+    control = phase.get("ablation", {}).get(CONTROL)
+    if control and "why" not in control:
+        details["control"] = {
+            "recall": recall_gain(phase, control),
+            "perplexity": perplexity_gain(phase, control, seed=seed),
+        }
+    result["called"] = called(result, parts)
     result["details"] = details
     return result
+
+
+def called(judged: Mapping[str, Any], parts: Mapping[str, Any]) -> list[str]:
+    """The words for the whole model: one for what is stored outside the window, and the caveat beside it.
+
+    A model that stores nothing there is window-only without a measurement. One that does is what memory and
+    pairs together are, or the only one of them that there is; "not-judged" where that was not measured.
+    """
+    words = []
+    if parts.get("replaced"):
+        stored = [part for part in ("memory", "pairs") if parts.get(part)]
+        word = judged.get("memory_and_pairs") or (judged.get(stored[0]) if len(stored) == 1 else None)
+        words.append(word or ("not-judged" if stored else WINDOW_ONLY))
+        if judged["carried_by_full_attention"]:
+            words.append(BY_FULL_ATTENTION)
+    return words
 
 
 def recall_gain(on: dict, off: dict) -> dict | None:
@@ -101,7 +134,7 @@ def _vote(gain: float, interval: Sequence[float] | None, threshold: float) -> st
         return "used"
     if interval is not None and -gain >= threshold and interval[1] < 0:
         return "harmful"
-    return "window-only"
+    return WINDOW_ONLY
 
 
 def paired_hits(one: dict, other: dict, *, distractors: bool = False) -> tuple[list[int], list[int]]:

@@ -115,9 +115,10 @@ class EvalBudget:
 
 @dataclass
 class BudgetConfig:
-    """Everything that costs time."""
+    """Everything that costs time; `continued_teacher` is for the unswapped model on the same tokens."""
 
     name: str = "quick"
+    continued_teacher: bool = False
     stage1: StageBudget = field(default_factory=StageBudget)
     stage2: StageBudget = field(default_factory=StageBudget)
     stage3: StageBudget = field(default_factory=StageBudget)
@@ -158,14 +159,17 @@ class EvalConfig:
     """What is measured: a named set, and how it is made up.
 
     `base` is what every phase gets: quick (perplexity, probes, recall), one of these alone, or none; `more`
-    names measurements for the teacher and the last phase (`eval/measurements/`). The rest is how large those
-    are: `stream_tokens` at most of a book for `streaming`; the grid of `niah` (depths in % from the start,
-    forms as in `replace/needles.py`, episodes a cell) and of `passkey`; lengths of context for `speed`.
+    names measurements for the teacher and the last phase (`eval/measurements/`). `control` is the folder of a
+    run of equal budget with the same window and no memory, whose figures stand beside (`eval/control.py`).
+    The rest is how large those are: `stream_tokens` at most of a book for `streaming`; the grid of `niah`
+    (depths in % from the start, forms as in `replace/needles.py`, episodes a cell) and of `passkey`; lengths of
+    context for `speed`.
     """
 
     name: str = "quick"
     base: str = "quick"
     more: list[str] = field(default_factory=list)
+    control: str | None = None
     stream_tokens: int = 200_000
     niah_lengths: list[int] = field(default_factory=lambda: [512, 1024, 2048])
     niah_depths: list[float] = field(default_factory=lambda: [0, 25, 50, 75, 100])

@@ -110,11 +110,12 @@ def evaluation_tokens(config: Config, facts: ModelFacts, plan_for: PlanFor) -> i
     total = 0
     for phase in phases:
         parts = {} if phase == "teacher" else _parts(config, facts)
-        plan = plan_for(measured, parts, phase=phase, final=phase == phases[-1])
-        for grid in plan.grids:
-            lengths = sum(cell.length for cell in grid.cells)
-            total += lengths * (grid.episodes + sum(map(grid.episodes_of, grid.ablations)))
-        total += BOOKS * measured.perplexity_tokens * (1 + len(plan.perplexity_ablations))
+        plan = plan_for(measured, parts, phase=phase, final=phase == phases[-1], dev=True)
+        for part in filter(None, (plan, plan.dev)):
+            for grid in part.grids:
+                lengths = sum(cell.length for cell in grid.cells)
+                total += lengths * (grid.episodes + sum(map(grid.episodes_of, grid.ablations)))
+            total += BOOKS * measured.perplexity_tokens * (part.perplexity + len(part.perplexity_ablations))
     return total
 
 
@@ -126,7 +127,9 @@ def _parts(config: Config, facts: ModelFacts) -> dict[str, int]:
     if config.layers.rest != "keep":
         counts[config.layers.rest] = counts.get(config.layers.rest, 0) + facts.layers - new
     pairs = config.attention.pairs > 0
+    sinks = new if config.attention.sinks else 0
     return {
+        "sinks": sinks,
         "memory": sum(
             count for name, count in counts.items() if getattr(VARIANTS.get(name), "has_memory", False)
         ),

@@ -20,14 +20,14 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from distill.checkpoint import load_stage
+from distill.continued import continued_stage
 from distill.data import Mixture
 from distill.stages import Stage, check_head, language_stage, transfer_stage
 from distill.trainer import train
 from eval.ablation import mixers as mixers_of
 from eval.ablation import parts_of
-from eval.layer_outputs import capture
-from eval.measure import Yardstick, conclude, measure, probe_rows, yardstick
-from eval.metrics import FILE, new_metrics, read_metrics, write_metrics
+from eval.measure import Yardstick, conclude, keep_teacher, measure, yardstick
+from eval.metrics import FILE, comparable, new_metrics, read_metrics, write_metrics
 from eval.report import write_report
 from replace.cache import ReplacedCacheLayer
 from replace.choice import layers_of, spec_of
@@ -38,7 +38,7 @@ from replace.errors import UserError
 from replace.export.write import export
 from replace.files import atomic_write
 from replace.loading import Loaded, load_model
-from replace.logger import Logger, open_logger
+from replace.logger import Logger, NoLogger, open_logger
 from replace.machine import device_of_choice, keep_freed_memory
 from replace.precision import autocast
 from replace.properties.examine import check as check_properties
@@ -49,6 +49,9 @@ logger = logging.getLogger(__name__)
 
 CODE = ("conf", "replace", "distill", "eval", "kernels", "pyproject.toml")
 """What makes a working tree dirty; a run's own folder beside it does not."""
+
+COUNTED = ("tokens", "skipped_steps", "clamped", "nonfinite")
+"""What adds up over stages."""
 
 
 def run(config: Config, run_dir: Path) -> dict:
@@ -86,18 +89,18 @@ def _phases(
             result |= measure(model, tokenizer, config, phase="teacher", final=False, using=using)
     if using.reference is None:
         with autocast(config.precision, model.device):
-            using.reference = capture(model, probe_rows(tokenizer, using))
+            keep_teacher(model, tokenizer, config, using)
 
     conversion = swap(model, choose(config, loaded, documents, run_dir), keep_originals=True)
     check_head(model, probe_ids(model))
     check_properties(model)
     metrics["layers"] = [r.layer for r in conversion.replacements]
     metrics["replaced"] = describe(model, conversion, using)
+    todo = [number for number in sorted(config.stages) if getattr(config.budget, f"stage{number}").tokens]
     with phase(metrics, run_dir, "swapped", log) as result:
         if result is not None:
-            result |= measure(model, tokenizer, config, phase="swapped", final=False, using=using)
+            result |= measure(model, tokenizer, config, phase="swapped", final=not todo, using=using)
 
-    todo = [number for number in sorted(config.stages) if getattr(config.budget, f"stage{number}").tokens]
     adopt(model, config, min(todo, default=1))
     for number in todo:
         with phase(metrics, run_dir, f"stage{number}", log) as result:
@@ -111,11 +114,49 @@ def _phases(
     export(
         model, tokenizer, run_dir / "model", provenance=json.loads((run_dir / "provenance.json").read_text())
     )
-    conclude(metrics, parts_of(model))
+    parts = parts_of(model)
+    if config.budget.continued_teacher and set(todo) & {2, 3}:
+        with phase(metrics, run_dir, "continued_teacher", log) as result:
+            if result is not None:
+                result |= continued_teacher(config, run_dir, documents, metrics["layers"], todo, using)
+    conclude(metrics, parts)
     write_metrics(run_dir, metrics)
     write_report(run_dir)
     logger.info("done: %s", run_dir / "report.md")
     return metrics
+
+
+def continued_teacher(
+    config: Config,
+    run_dir: Path,
+    documents: list[Document],
+    layers: list[int],
+    todo: list[int],
+    using: Yardstick,
+) -> dict:
+    """Train and measure the unswapped model on the rows of stages 2 and 3, since those adapt to the text too.
+
+    Its checkpoints and train.jsonl are in a folder of their own; the logger hears of the measurement only.
+
+    Returns:
+        the phase: its figures, and the "training" of both stages together.
+    """
+    loaded, folder = load_model(config.model), run_dir / "continued_teacher"
+    model = loaded.model.to(device_of_choice())  # type: ignore[arg-type]  # transformers' decorated `to`
+    folder.mkdir(exist_ok=True)
+    trained = []
+    for number in sorted(set(todo) & {2, 3}):
+        stage = continued_stage(model, config, number, layers)
+        if stage is not None:
+            mixture = _mixture(loaded, documents, config, number)
+            trained.append(train(model, stage, mixture, config, folder, NoLogger()))
+    name = "continued_teacher"
+    result = measure(model, loaded.tokenizer, config, phase=name, final=False, using=using)
+    if trained:
+        counted = {key: sum(one[key] for one in trained) for key in COUNTED}
+        ends = {"loss_first": trained[0]["loss_first"], "loss_last": trained[-1]["loss_last"]}
+        result["training"] = counted | ends
+    return result
 
 
 def prepare(config: Config, run_dir: Path) -> None:
@@ -143,7 +184,7 @@ def phase(metrics: dict, run_dir: Path, name: str, log: Logger) -> Iterator[dict
     metrics["phases"][name] = result
     metrics["wall_seconds"][name] = round(time.perf_counter() - began, 1)
     write_metrics(run_dir, metrics)
-    books = result.get("perplexity", {})
+    books = comparable(result).get("perplexity", {})
     log.log(
         {f"{name}/perplexity/{book}": figures["ppl"] for book, figures in books.items()},
         step=result.get("training", {}).get("tokens", 0),

@@ -185,6 +185,8 @@ def _check_run(config: Config) -> None:
     _one_of("lora.kind", config.lora.kind, ("none",))
     _one_of("eval.name", config.eval.name, tuple(choices("eval")))
     _one_of("eval.base", config.eval.base, BASES)
+    if config.eval.control is not None:
+        load_config(Path(config.eval.control).expanduser(), "eval.control")
     _one_of("logger.kind", config.logger.kind, ("none", "wandb"))
 
 

@@ -13,3 +13,8 @@ from collections.abc import Callable
 from replace.registry import Registry
 
 MEASUREMENTS: Registry[Callable[..., dict]] = Registry("eval.more", "eval.measurements")
+
+KEPT: Registry[Callable[..., object]] = Registry("eval.more", "eval.measurements")
+"""What a measurement keeps of the teacher, for the students: under the same name, with the same arguments;
+what it returns is `using.kept[<name>]`.
+"""

@@ -66,6 +66,8 @@ def test_a_narrow_set_leaves_the_other_figures_of_the_phase(finished, capsys, na
     after = evaluated(capsys, f"run={finished / 'run'}", f"eval={name}", f"out={out}")["phases"]["stage1"]
     assert after.keys() == before.keys()
     assert after["ablation"]["pairs_off"].keys() == before["ablation"]["pairs_off"].keys()
+    assert after["dev"].keys() == before["dev"].keys()
+    assert after["test_reads"] == before["test_reads"] + (name != "probes")
     if name != "perplexity":
         assert after["perplexity"] == before["perplexity"]
 

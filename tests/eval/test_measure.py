@@ -8,10 +8,10 @@ import torch
 
 from eval.ablation import ablate, mixers, parts_of
 from eval.layer_outputs import capture, layer_outputs
-from eval.measure import conclude, measure, yardstick
+from eval.measure import conclude, measure, probe_rows, yardstick
 from eval.metrics import new_metrics, problems
 from eval.niah import Cell
-from eval.plan import DEPTHS, clear_tokens, clear_tokens_of, only, plan_for
+from eval.plan import ABLATIONS, DEPTHS, OTHER_TEXT, clear_tokens, clear_tokens_of, only, plan_for
 from eval.probes import Probe, probe
 from eval.speed import decode_speed, kept_bytes, prefill
 from replace.config import AttentionConfig, Config, EvalBudget, ModelConfig
@@ -74,29 +74,59 @@ def test_phases_follow_the_schema_and_their_plan(measured):
     assert problems(measured) == []
     teacher, between, last = (measured["phases"][name] for name in ("teacher", "swapped", "stage1"))
     assert "ablation" not in teacher
-    assert set(between["ablation"]) == {"memory_and_pairs_off"}
+    assert set(between["dev"]["ablation"]) == {"memory_and_pairs_off"}
     twins = {name: twin for name, twin in last["ablation"].items() if "why" not in twin}
-    assert set(twins) == {"memory_off", "pairs_off", "memory_and_pairs_off"}
+    assert set(twins) == {*ABLATIONS, OTHER_TEXT}
     assert all("perplexity" in twin for twin in twins.values())
     assert "exp=window" in last["ablation"]["sliding_window_control"]["why"]
-    assert set(between["perplexity"]) == {"book 2", "book 3"}
+    assert set(last["perplexity"]) == {"book 2", "book 3"}
     assert {cell["length"] for cell in last["passkey"]["cells"]} == {256, 384}
     assert any(cell["distractors"] for cell in last["passkey"]["cells"])
     assert {"state", "decode"} == set(last["speed"])
     assert last["generation"]["agrees"] == 1.0
     assert all(seconds >= 0 for seconds in last["seconds"].values())
-    assert measured["parts"] == {"replaced": 3, "memory": 2, "pairs": 3, "full_attention": 1}
+    counts = {"replaced": 3, "memory": 2, "pairs": 3, "sinks": 3, "full_attention": 1}
+    kept = {"full_attention": [2], "sliding_window": [], "recurrent": []}
+    assert measured["parts"] == counts | {"unreplaced": kept}
     assert measured["verdict"]["carried_by_full_attention"]
+    assert measured["verdict"]["called"][1:] == ["carried-by-full-attention"]
+    assert measured["verdict"]["carriers"] == {"full_attention": [2]}
+
+
+def test_between_the_phases_nobody_reads_the_test_text(measured, tiny, config, documents):
+    """The swap has figures on dev alone, the last phase and the teacher on both; recovery is on dev."""
+    teacher, between, last = (measured["phases"][name] for name in ("teacher", "swapped", "stage1"))
+    assert not {"perplexity", "passkey", "niah", "ablation"} & set(between)
+    for phase in (teacher, between, last):
+        assert set(phase["dev"]["perplexity"]) == {"book 1"}
+        assert {cell["phrasing"] for cell in phase["dev"]["niah"]["cells"]} == {"dev"}
+    assert {cell["phrasing"] for cell in last["niah"]["cells"]} == {"test"}
+    assert [phase["test_reads"] for phase in (teacher, between, last)] == [1, 0, 1]
+    assert measured["test_reads"] == 2
+    assert set(measured["recovery"]) == {"perplexity/book 1", "recall"}
+    using = yardstick(tiny.tokenizer, config, documents)
+    assert torch.equal(
+        probe_rows(tiny.tokenizer, using)[0, :20],
+        torch.tensor(tiny.tokenizer(documents[1].text)["input_ids"][:20]),
+    )
+
+
+def test_without_a_dev_split_every_phase_reads_test(tiny, swapped, config, documents):
+    using = yardstick(tiny.tokenizer, config, [d for d in documents if d.split != "dev"])
+    found = measure(swapped, tiny.tokenizer, config, phase="swapped", final=False, using=using)
+    assert "dev" not in found
+    assert set(found["perplexity"]) == {"book 2", "book 3"}
+    assert found["test_reads"] == 1
 
 
 def test_phases_and_twins_are_measured_on_the_same_windows_and_episodes(measured):
     """The same model measured twice gives the same figures, so that differences come from the model."""
     between, last = measured["phases"]["swapped"], measured["phases"]["stage1"]
-    assert between["perplexity"] == last["perplexity"]
+    assert between["dev"]["perplexity"] == last["dev"]["perplexity"]
     assert between["layer_outputs"] == last["layer_outputs"]
-    losses = [cell["answer_loss"] for cell in between["niah"]["cells"]]
-    again = [cell["answer_loss"] for cell in last["niah"]["cells"] if cell["length"] == 256]
-    assert losses == again
+    losses = [cell["answer_loss"] for cell in between["dev"]["niah"]["cells"]]
+    assert losses == [cell["answer_loss"] for cell in last["dev"]["niah"]["cells"]]
+    losses = [cell["answer_loss"] for cell in last["niah"]["cells"] if cell["length"] == 256]
     off = [cell["answer_loss"] for cell in last["ablation"]["memory_off"]["niah"]["cells"][: len(losses)]]
     assert off != losses
 
@@ -156,7 +186,9 @@ def test_ablation_is_undone_after_an_error_and_nests(swapped):
 
 def test_a_model_that_was_not_swapped_has_no_parts(tiny):
     assert mixers(tiny.model) == []
-    assert parts_of(tiny.model) == {"replaced": 0, "memory": 0, "pairs": 0, "full_attention": 4}
+    counts = dict.fromkeys(("replaced", "memory", "pairs", "sinks"), 0)
+    kept = {"full_attention": [0, 1, 2, 3], "sliding_window": [], "recurrent": []}
+    assert parts_of(tiny.model) == counts | {"full_attention": 4, "unreplaced": kept}
 
 
 def test_kept_bytes_of_the_teacher_are_those_of_its_cache(tiny):
@@ -254,7 +286,14 @@ def test_plans_cost_what_they_say():
     assert {cell.length for grid in final.grids for cell in grid.cells} == {1024, 4096}
     assert plan_for(budget, {"pairs": 30}, phase="stage3", final=True).perplexity_ablations == (
         "memory_and_pairs_off",
+        "other_text_state",
     )
+    explaining = ("window_off", "sinks_off", "other_text_state")
+    assert set(explaining) <= set(
+        plan_for(budget, both | {"sinks": 30}, phase="stage3", final=True).grids[0].ablations
+    )
+    assert [final.grids[0].episodes_of(name) for name in explaining] == [1, 1, 1]
+    assert not set(explaining) & set(long.ablations)
     assert plan_for(budget, {}, phase="teacher", final=False).grids[0].ablations == ()
     assert only(final, "recall").grids == final.grids
     assert not only(final, "recall").perplexity
@@ -268,6 +307,7 @@ def test_training_mode_is_given_back(tiny, config, documents):
     narrow = only(plan_for(config.budget.eval, {}, phase="teacher", final=False), "probes")
     found = measure(model, tiny.tokenizer, config, phase="teacher", final=False, using=using, plan=narrow)
     assert model.training
-    assert set(found) == {"probes", "layer_outputs", "seconds"}
+    assert set(found) == {"probes", "layer_outputs", "test_reads", "seconds"}
+    assert found["test_reads"] == 0
     with pytest.raises(ValueError, match="stage9"):
         measure(model, tiny.tokenizer, config, phase="stage9", final=False, using=using)

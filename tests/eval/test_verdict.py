@@ -101,6 +101,37 @@ def test_remaining_full_attention_is_named(remaining):
     assert found["memory"] is None
 
 
+@pytest.mark.parametrize(
+    ("parts", "on", "off", "words"),
+    [
+        (PARTS, [[1] * 24], [[1] * 24], ["window-only"]),
+        (PARTS, [[1] * 24], [[0] * 24], ["used"]),
+        (PARTS | {"full_attention": 1}, [[1] * 24], [[0] * 24], ["used", "carried-by-full-attention"]),
+        (PARTS | {"memory": 0}, [[1] * 24], [[0] * 24], ["window-only"]),  # nothing is stored
+        (PARTS | {"pairs": 2}, [[1] * 24], [[0] * 24], ["not-judged"]),  # both together were not measured
+        (PARTS | {"replaced": 0, "memory": 0, "full_attention": 4}, [[1] * 24], [[0] * 24], []),
+    ],
+)
+def test_what_the_whole_model_is_called(parts, on, off, words):
+    assert judged({"passkey": cells(on)}, {"passkey": cells(off)}, parts)["called"] == words
+
+
+def test_the_layers_that_could_carry_a_fact_are_listed():
+    kept = {"full_attention": [3, 9], "sliding_window": [], "recurrent": [1]}
+    found = judged({"passkey": cells([[1] * 9])}, {}, PARTS | {"full_attention": 2, "unreplaced": kept})
+    assert found["carriers"] == {"full_attention": [3, 9], "recurrent": [1]}
+
+
+def test_the_gain_over_the_control_is_paired():
+    phase = {
+        "passkey": cells([[1] * 9]),
+        "ablation": {"sliding_window_control": {"passkey": cells([[0] * 9])}},
+    }
+    assert verdict(phase, PARTS)["details"]["control"]["recall"]["only_on"] == 9
+    phase["ablation"]["sliding_window_control"] = {"why": "none"}
+    assert "control" not in verdict(phase, PARTS)["details"]
+
+
 def test_pairs_are_matched_by_cell_and_distractors_left_out():
     on = {"passkey": cells([[1, 0, 1], [1, 1, 1]])}
     off = {"passkey": cells([[0, 1]])}
