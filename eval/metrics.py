@@ -21,6 +21,7 @@ A phase is one of PHASES and has, as far as it was measured,
                   "<one that is not measured>": {"why"}},
      "dev": {"perplexity", "passkey", "niah", "ablation"}, "test_reads",
      "layer_outputs": see eval.layer_outputs,
+     "writing": see eval.measurements.generation, "inside": see eval.measurements.inside,
      "speed": {"state": see eval.speed.kept_bytes, "decode": see eval.speed.decode_speed},
      "generation": {"episodes", "exact", "agrees"}, "seconds": {"<measurement>": seconds},
      "training": {"tokens", "loss_first", "loss_last", "skipped_steps", "clamped", "nonfinite"}}

@@ -113,6 +113,10 @@ class MemoryMixer(BlockMixer):
             blocks.weight = self._with_past(blocks.layout, weight, past)
         return blocks
 
+    def write_weights(self, hidden: Tensor) -> Tensor | None:
+        """The write gates."""
+        return None if self.write_gate is None else self.write_gate(hidden)
+
     def features_of(
         self, query: Tensor, key: Tensor, positions: Tensor, scaling: float
     ) -> tuple[Tensor, Tensor]:

@@ -154,6 +154,14 @@ class BlockMixer(nn.Module):
         """Join the exact part `[Q, G, N, R S, D]` with whatever else the variant has."""
         return exact
 
+    def write_weights(self, hidden: Tensor) -> Tensor | None:
+        """`[B, G, T]` in 0..1: how strongly each token is written, None where all weigh alike.
+
+        Args:
+            hidden: `[B, T, C]`, the attention layer's input.
+        """
+        return None
+
     # From tokens to blocks
 
     def arrange(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Blocks:

@@ -86,6 +86,25 @@ def test_a_run_that_died_in_a_stage_ends_with_the_same_figures(whole, tmp_path, 
     assert (tmp_path / "run" / "report.md").exists()
 
 
+def test_the_continued_teacher_is_trained_on_the_same_tokens(tmp_path):
+    """One row of its own, on the tokens of stages 2 and 3, beside the teacher and never the student."""
+    small = ["budget.stage1.tokens=0", "budget.stage2.tokens=1024", "budget.continued_teacher=true"]
+    metrics = pipeline.run(compose([*TINY, *small, "stage.lr_projection2=1e-3"]), tmp_path / "run")
+    teacher, continued, last = (metrics["phases"][n] for n in ("teacher", "continued_teacher", "stage3"))
+    both = [metrics["phases"][name]["training"]["tokens"] for name in ("stage2", "stage3")]
+    assert continued["training"]["tokens"] == sum(both)
+    assert "ablation" not in continued
+    for book, entry in continued["perplexity"].items():
+        assert entry["ppl"] != teacher["perplexity"][book]["ppl"]
+        assert len(entry["windows"]) == len(last["perplexity"][book]["windows"])
+    assert continued["layer_outputs"][0]["error"] > 0
+    assert metrics["test_reads"] == 3
+    assert "ablation" in last
+    assert "| continued teacher |" in (tmp_path / "run" / "report.md").read_text()
+    lines = (tmp_path / "run" / "train.jsonl").read_text().splitlines()
+    assert {json.loads(line)["stage"] for line in lines} == {2, 3}
+
+
 def _interrupt(batch, scale):
     raise KeyboardInterrupt
 

@@ -82,6 +82,10 @@ class GatedDelta(BlockMixer):
         decay = torch.nn.functional.softplus(self.decay(hidden))
         return {"step": self.step(hidden).sigmoid(), "log_decay": -decay}
 
+    def write_weights(self, hidden: Tensor) -> Tensor | None:
+        """The steps beta."""
+        return self._figures(hidden)["step"]
+
     def mix(self, blocks: Blocks, exact: Tensor, mass: Tensor | None, call: Call) -> Tensor:
         """Join by the gate; see the module."""
         memory, count = self._held(blocks) if blocks.step else self._write_all(blocks)

@@ -142,6 +142,30 @@ def whole_run() -> dict:
             }
             phase["ablation"]["memory_and_pairs_off"]["perplexity"] = perplexities(3.75, off)
             phase["generation"] = {"episodes": 2, "exact": 1.0, "agrees": 1.0}
+            phase["writing"] = {
+                "prompts": 1, "tokens": 3, "repetition": 0.2, "distinct": {"1": 0.5, "2": 0.7, "3": 0.9},
+                "teacher": {"repetition": 0.1, "distinct": {"1": 0.6, "2": 0.8, "3": 1.0}}, "agreement": 0.4,
+                "kl": {"value": 0.3, "interval": [0.2, 0.4], "teacher_loss": 1.2, "own_loss": 0.9},
+                "continuations": [
+                    {"prompt": "Once|upon", "text": " a\ntime", "teacher": " two times", "change": 0.5}
+                ],
+            }  # fmt: skip
+            histogram = [[0.5] + [0.0] * 8 + [0.5]]
+            phase["inside"] = {
+                "text": "Brother Jacob",
+                "tokens": 1024,
+                "layers": [
+                    {
+                        "layer": layer,
+                        "read_gate": {"mean": [0.1, 0.2], "histogram": histogram * 2},
+                        "share": [0.01, 0.3],
+                        "effective_tokens": [20.0, 400.0],
+                        "stored_tokens": 460.0,
+                        "write_gate": {"mean": [0.5], "histogram": histogram},
+                    }
+                    for layer in range(3)
+                ],
+            }
         if last or name == "teacher":
             state = [2_900_000, 2_900_000] if last else [23_000_000, 1_470_000_000]
             phase["speed"] = {

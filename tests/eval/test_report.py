@@ -25,6 +25,9 @@ def test_a_whole_run_is_reported_with_all_plots(run, train_log, tmp_path):
     assert "All 30 attention layers of SmolLM2-135M-Instruct, dequantised from Q4_1 were replaced" in text
     assert "retained pairs **used**" in text
     assert "8 distractors" in text
+    assert "In 3 of 6 heads the memory makes up less than 5% of the output" in text
+    assert (tmp_path / "plots" / "inside.png").stat().st_size > 10_000
+    assert "| `Once\\|upon` | `a time` | `two times` | 50% |" in text
     assert '"git": "abc"' in text
     assert "\n\n\n" not in text
 
