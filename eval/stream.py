@@ -154,10 +154,12 @@ def pieces(ids: Tensor, size: int = PIECE, label: str = "read") -> Iterator[Tens
 
 def cache_bytes(cache: Cache) -> int:
     """Bytes of all tensors that a cache holds, replaced layers (an export's too) and ordinary ones alike."""
-    return sum(slot_bytes(slot) for slot in cache.layers if slot.is_initialized)
+    return sum(map(slot_bytes, cache.layers))
 
 
 def slot_bytes(slot) -> int:
     """Bytes of one layer's place in a cache."""
+    if not slot.is_initialized:
+        return 0
     tensors = list(slot.state.tensors().values()) if is_replaced(slot) else [slot.keys, slot.values]
     return sum(x.numel() * x.element_size() for x in tensors if isinstance(x, Tensor))

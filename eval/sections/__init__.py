@@ -39,7 +39,7 @@ def shown(phases: dict, key: str) -> list[str]:
 
 def pictures(phases: dict) -> dict[str, Callable[[], Figure]]:
     """File name -> what draws it, for `eval.plots.draw_all`."""
-    found = {}
+    found: dict[str, Callable[[], Figure]] = {}
     for section in map(SECTIONS.get, SECTIONS.names()):
         names = shown(phases, section.key)
         for file, (_, draw) in section.pictures.items() if names else ():

@@ -20,9 +20,8 @@ def text(phases: dict, names: list[str]) -> str:
     teacher = phases["teacher"]["niah_grid"]["means"] if "teacher" in names[:-1] else []
     rows = []
     for entry in grid["means"]:
-        theirs = next(
-            (m for m in teacher if (m["form"], m["length"]) == (entry["form"], entry["length"])), {}
-        )
+        alike = [mean for mean in teacher if all(mean[k] == entry[k] for k in ("form", "length"))]
+        theirs = alike[0] if alike else {}
         off = entry.get("off")
         rows.append(
             [
@@ -108,8 +107,8 @@ def heatmap(axis: Axes, cells: list[dict], key: str, exact: dict) -> None:
     axis.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])
     for column, length in enumerate(lengths):
         for place, colour, width in borders(length, exact):
-            row = float(np.interp(place, depths, range(len(depths))))
-            axis.plot([column - 0.5, column + 0.5], [row, row], color=colour, linewidth=width)
+            height = float(np.interp(place, depths, range(len(depths))))
+            axis.plot([column - 0.5, column + 0.5], [height, height], color=colour, linewidth=width)
     axis.set_xlim(-0.5, len(lengths) - 0.5)
     axis.set_ylim(len(depths) - 0.5, -0.5)
 

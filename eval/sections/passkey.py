@@ -19,7 +19,7 @@ def text(phases: dict, names: list[str]) -> str:
     rows = []
     for pooled in entry["means"]:
         cells = {cell["depth"]: cell for cell in entry["cells"] if cell["length"] == pooled["length"]}
-        theirs = next((mean for mean in teacher["means"] if mean["length"] == pooled["length"]), {})
+        theirs: dict = next((mean for mean in teacher["means"] if mean["length"] == pooled["length"]), {})
         times = f" ({pooled['times']:g} times the training's)" if pooled["times"] else ""
         by_depth = [DASH if cells[d]["exact"] is None else f"{cells[d]['exact']:.2f}" for d in depths]
         mean = f"not measured: {pooled['why']}"

@@ -127,7 +127,7 @@ def test_a_model_with_a_table_of_positions_has_a_limit():
 
 @pytest.mark.parametrize("local", ["sliding_window", "segment"])
 def test_the_exact_part_is_what_attention_reaches(local):
-    """Of one layer without memory: a value moves the output exactly from `exact_from` on, or among the sinks."""
+    """Of one layer without memory: a token moves the output from `exact_from` on, or among the sinks."""
     options = AttentionConfig(
         name="sliding_window", block=8, window=16 if local == "sliding_window" else 0, local=local, sinks=2,
         pairs=0, distance_cap=64, write_gate="none",
