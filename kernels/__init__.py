@@ -13,13 +13,22 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from kernels.gated_delta_rule.op import gated_delta_rule, gated_delta_rule_step
     from kernels.linear_attention.op import linear_attention, linear_attention_step
     from kernels.linear_attention.state import LinearState
 
-__all__ = ["LinearState", "linear_attention", "linear_attention_step"]
+__all__ = [
+    "LinearState",
+    "gated_delta_rule",
+    "gated_delta_rule_step",
+    "linear_attention",
+    "linear_attention_step",
+]
 
 _PLACES = {
     "LinearState": "kernels.linear_attention.state",
+    "gated_delta_rule": "kernels.gated_delta_rule.op",
+    "gated_delta_rule_step": "kernels.gated_delta_rule.op",
     "linear_attention": "kernels.linear_attention.op",
     "linear_attention_step": "kernels.linear_attention.op",
 }
@@ -27,7 +36,7 @@ _PLACES = {
 # An operator and its folder share a name. The first import of a folder binds that name to the folder, so it
 # is done here, once, and the name is freed for the operator; `from kernels.linear_attention import chunk`
 # still finds the folder.
-for _folder in ("linear_attention",):
+for _folder in ("gated_delta_rule", "linear_attention"):
     importlib.import_module(f"{__name__}.{_folder}")
     globals().pop(_folder, None)
 

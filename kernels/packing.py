@@ -46,3 +46,11 @@ def chunk_table(cu_seqlens: Tensor, length: int, size: int) -> Chunks:
     end = borders[sequence + 1]
     start = torch.minimum(borders[sequence] + (index - offsets[sequence]) * size, end)
     return Chunks(offsets, sequence, start, torch.minimum(start + size, end))
+
+
+def token_slots(cu_seqlens: Tensor, chunks: Chunks, length: int, size: int) -> Tensor:
+    """Where among all chunks' slots each token of a packed row is, `[T]`."""
+    borders = cu_seqlens.long()
+    token = torch.arange(length, device=borders.device)
+    sequence = (torch.searchsorted(borders, token, right=True) - 1).clamp(0, borders.shape[0] - 2)
+    return chunks.offsets[sequence] * size + token - borders[sequence]

@@ -14,9 +14,14 @@ from torch.nn import functional as F
 
 from kernels.linear_memory.chunk import LARGEST
 from kernels.numerics import wide
+from kernels.packing import Chunks as Packed
+from kernels.packing import chunk_table, token_slots
 
 CHUNK = 64
 """Tokens that `gated_delta_rule` takes at once."""
+
+PIECE = 8
+"""Chunks whose transforms are computed at once."""
 
 # The step is b = beta / (|k|^2 (1 + RELATIVE) + ABSOLUTE), which has the transition I - b k k^T of unit-norm
 # keys and leaves |k| where it belongs, in what is read. It cannot explode, because beta <= 1 and
@@ -58,39 +63,122 @@ class Chunks(NamedTuple):
     since: Tensor
 
 
+def step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor,
+    mask: Tensor | None,
+    scaled: bool,
+) -> tuple[Tensor, Tensor]:
+    """As `reference.step`, as three batched products."""
+    batch, groups, features = k.shape
+    if mask is not None:
+        k, v = (torch.where(mask.unsqueeze(-1), x, 0) for x in (k, v))
+        beta = torch.where(mask, beta, 0)
+        log_decay = None if log_decay is None else torch.where(mask, log_decay, 0)
+    share = scaled_step(k, beta) if scaled else beta
+    held = state.flatten(0, 1)
+    if log_decay is not None:
+        held = held * log_decay.exp().view(-1, 1, 1)
+    rows = k.reshape(-1, 1, features)
+    error = torch.baddbmm(v.reshape(batch * groups, 1, -1), rows, held, alpha=-1)
+    after = torch.baddbmm(held, rows.transpose(1, 2), error * share.reshape(-1, 1, 1))
+    out = torch.bmm(q.reshape(batch * groups, -1, features), after)
+    return out.reshape(batch, q.shape[1], -1), after.view_as(state)
+
+
 def gated_delta_rule(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     beta: Tensor,
-    log_decay: Tensor,
+    log_decay: Tensor | None = None,
     initial_state: Tensor | None = None,
     mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scaled: bool = True,
+    size: int = CHUNK,
+    piece: int = PIECE,
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.gated_delta_rule`, with the same arguments and results."""
-    batch, length, heads, _ = q.shape
+    """As `reference.gated_delta_rule`, in chunks of `size` tokens of which `piece` are prepared at once."""
+    batch, length = q.shape[:2]
     groups = k.shape[2]
-    size = min(CHUNK, max(length, 1))
-    count = max(1, -(-length // size))
-
-    def chunked(x: Tensor) -> Tensor:  # [B, T, X, ...] -> [B, X, N, S, ...]
-        x = F.pad(x, [0, 0] * (x.ndim - 2) + [0, count * size - length])
-        return x.transpose(1, 2).unflatten(2, (count, size))
-
-    seen = torch.ones(batch, length, 1, dtype=torch.bool, device=q.device) if mask is None else mask
-    seen = chunked(seen.unsqueeze(-1) if seen.ndim == 2 else seen).expand(-1, groups, -1, -1)
-    k, v, beta, log_decay = (chunked(wide(x)) for x in (k, v, beta, log_decay))
-    k, v = (torch.where(seen.unsqueeze(-1), x, 0) for x in (k, v))
-    beta, log_decay = torch.where(seen, beta, 0), torch.where(seen, log_decay, 0)
+    size = min(size, max(length, 1))
+    q, k, v, beta = (wide(x) for x in (q, k, v, beta))
+    log_decay = torch.zeros_like(beta) if log_decay is None else wide(log_decay)
+    if mask is not None:  # before any product, because 0 times NaN is NaN
+        seen = mask.unsqueeze(-1) if mask.ndim == 2 else mask
+        beta, log_decay = torch.where(seen, beta, 0), torch.where(seen, log_decay, 0)
+        k, v = (torch.where(seen.unsqueeze(-1), x, 0) for x in (k, v))
+    if cu_seqlens is None:
+        chunks, states = None, batch
+        cut = [_cut(x, size) for x in (q, k, v, beta, log_decay)]
+    else:
+        chunks, states = chunk_table(cu_seqlens, length, size), cu_seqlens.shape[0] - 1
+        cut = [_gather(x, chunks, size) for x in (q, k, v, beta, log_decay)]
     if initial_state is None:
-        initial_state = k.new_zeros(batch, groups, k.shape[-1], v.shape[-1])
-    parts = transform(k, v, scaled_step(k, beta), log_decay)
-    states, errors, _ = recur(k, parts, wide(initial_state), None)
-    q = chunked(wide(q)).unflatten(1, (groups, heads // groups))  # [B, G, R, N, S, D]
-    inside = (q @ k.transpose(-1, -2).unsqueeze(2)) * parts.between.unsqueeze(2)
-    before = (q @ states[:, :, :-1].unsqueeze(2)) * parts.since[:, :, None, ..., None]
-    out = before + inside @ errors.unsqueeze(2)
-    return out.flatten(3, 4).flatten(1, 2).transpose(1, 2)[:, :length], states[:, :, -1]
+        initial_state = k.new_zeros(states, groups, k.shape[-1], v.shape[-1])
+    initial = wide(initial_state)
+    state, outs, after = initial[: q.shape[0]], [], []
+    places = torch.arange(cut[0].shape[1], device=q.device).split(piece)
+    for place, *some in zip(places, *(x.split(piece, 1) for x in cut), strict=True):
+        rows, keys, values, share, decay = (x.transpose(2, 3).transpose(1, 2) for x in some)
+        share = scaled_step(keys, share) if scaled else share
+        parts = transform(keys, values, share, decay)
+        opened = None if chunks is None else _opened(initial, chunks, place)
+        before, last, errors, _ = recur(keys, parts, state, None, opened)
+        state = last[:, :, -1]
+        outs.append(_read(rows, keys, before, errors, parts))
+        after.append(last)
+    out = torch.cat(outs, 2).flatten(2, 3).transpose(1, 2)
+    if chunks is None or cu_seqlens is None:
+        return out[:, :length], state
+    out = out[:, token_slots(cu_seqlens, chunks, length, size)]
+    return out, torch.cat(after, 2)[0, :, chunks.offsets[1:] - 1].transpose(0, 1)
+
+
+def _cut(x: Tensor, size: int) -> Tensor:
+    """`[B, T, X, ...]` -> `[B, N, C, X, ...]`, N at least 1, filled with tokens that do nothing."""
+    length = x.shape[1]
+    missing = -length % size if length else size
+    if missing:
+        x = F.pad(x, [0, 0] * (x.ndim - 2) + [0, missing])
+    return x.unflatten(1, (-1, size))
+
+
+def _gather(x: Tensor, chunks: Packed, size: int) -> Tensor:
+    """As `_cut`, of the sequences packed into one row `[1, T, X, ...]`."""
+    token = chunks.start[:, None] + torch.arange(size, device=x.device)
+    within = (token < chunks.stop[:, None]).view(*token.shape, *[1] * (x.ndim - 2))
+    return torch.where(within, x[0, token.clamp_max(x.shape[1] - 1)], 0).unsqueeze(0)
+
+
+def _opened(initial: Tensor, chunks: Packed, place: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of the chunks `place [P]` begin a sequence, `[P]`, and the states those begin with."""
+    sequence = chunks.sequence[place]
+    return place == chunks.offsets[sequence], initial[sequence]
+
+
+def _read(q: Tensor, k: Tensor, before: Tensor, errors: Tensor, parts: Chunks) -> Tensor:
+    """What the tokens of each chunk read, `[B, H, N, S, D]`; k is shared by the R heads of a group.
+
+    Args:
+        q: `[B, H, N, S, F]`; k: `[B, G, N, S, F]`.
+        before: the state before each chunk; errors: u of each chunk.
+    """
+    groups, size = k.shape[1], k.shape[3]
+    rows = q.unflatten(1, (groups, -1)).transpose(2, 3).flatten(3, 4)  # [B, G, N, R S, F]
+
+    def per_head(x: Tensor) -> Tensor:  # [B, G, N, R S, ...] -> [B, G, N, R, S, ...]
+        return x.unflatten(3, (-1, size))
+
+    weights = per_head(rows @ k.transpose(-1, -2)) * parts.between.unsqueeze(3)
+    out = per_head(rows @ before) * parts.since[:, :, :, None, :, None]
+    out = out + per_head(weights.flatten(3, 4) @ errors)
+    return out.transpose(2, 3).flatten(1, 2)
 
 
 def write_gated_delta(
@@ -112,7 +200,12 @@ def write_gated_delta(
     written = mask & (largest < LARGEST) & beta.isfinite() & log_decay.isfinite()
     k, v = (torch.where(written.unsqueeze(-1), x, 0) for x in (k, v))
     beta, log_decay = torch.where(written, beta, 0), torch.where(written, log_decay, 0)
-    states, _, clamped = recur(k, transform(k, v, scaled_step(k, beta), log_decay), wide(initial), clamp)
+    initial, parts = wide(initial), transform(k, v, scaled_step(k, beta), log_decay)
+    states = initial.unsqueeze(2)
+    clamped = written.new_zeros(written.shape[:3])
+    if k.shape[2]:
+        _, after, _, clamped = recur(k, parts, initial, clamp)
+        states = torch.cat([states, after], 2)
     return Written(states, written, clamped)
 
 
@@ -143,17 +236,30 @@ def transform(k: Tensor, v: Tensor, step: Tensor, log_decay: Tensor) -> Chunks:
     return Chunks(U, W, between, since)
 
 
-def recur(k: Tensor, parts: Chunks, initial: Tensor, clamp: float | None) -> tuple[Tensor, Tensor, Tensor]:
+def recur(
+    k: Tensor,
+    parts: Chunks,
+    initial: Tensor,
+    clamp: float | None,
+    opened: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Chunk after chunk.
 
+    Args:
+        clamp: the largest magnitude of an entry of a chunk's change, None for any.
+        opened: `[N]` bool, which chunks begin a sequence, and `[N, G, D, Dv]`, the states those begin with.
+
     Returns:
-        the state before each chunk and after the last `[B, G, N + 1, D, Dv]`, u `[B, G, N, S, Dv]`, and
-        `[B, G, N]` bool, which changes were beyond `clamp` and so limited.
+        the states before and after each chunk `[B, G, N, D, Dv]`, u `[B, G, N, S, Dv]`, and `[B, G, N]` bool,
+        which changes were beyond `clamp` and so limited.
     """
     kept = parts.since[..., -1, None, None]
     keys = (parts.between[..., -1, :].unsqueeze(-1) * k).transpose(-1, -2)
-    state, states, errors, clamped = initial, [initial], [], []
+    state, before, after, errors, clamped = initial, [], [], [], []
     for chunk in range(k.shape[2]):
+        if opened is not None:
+            state = torch.where(opened[0][chunk], opened[1][chunk], state)
+        before.append(state)
         error = parts.U[:, :, chunk] - parts.W[:, :, chunk] @ state
         change = keys[:, :, chunk] @ error
         if clamp is not None:
@@ -161,7 +267,7 @@ def recur(k: Tensor, parts: Chunks, initial: Tensor, clamp: float | None) -> tup
             change = change * (clamp / largest.clamp_min(clamp))[..., None, None]
             clamped.append(largest > clamp)
         state = kept[:, :, chunk] * state + change
-        states.append(state)
+        after.append(state)
         errors.append(error)
     limited = torch.stack(clamped, 2) if clamped else k.new_zeros(k.shape[:3], dtype=torch.bool)
-    return torch.stack(states, 2), torch.stack(errors, 2) if errors else parts.U, limited
+    return torch.stack(before, 2), torch.stack(after, 2), torch.stack(errors, 2), limited

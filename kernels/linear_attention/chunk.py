@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels.linear_attention.state import LinearState, divide
 from kernels.numerics import wide
-from kernels.packing import Chunks, chunk_table
+from kernels.packing import Chunks, chunk_table, token_slots
 
 CHUNK = 64
 """C, tokens a chunk."""
@@ -78,7 +78,7 @@ def linear_attention(
         outs.append(_read(rows, keys, values, before, normalize, eps))
         states.append(after)
         held = LinearState(after.M[-1:], after.z[-1:])
-    out = torch.cat(outs, 1).flatten(1, 2)[:, _slots(cu_seqlens, chunks, length, size)]
+    out = torch.cat(outs, 1).flatten(1, 2)[:, token_slots(cu_seqlens, chunks, length, size)]
     last = chunks.offsets[1:] - 1
     return out.to(dtype), LinearState(*(torch.cat(x)[last] for x in zip(*states, strict=True)))
 
@@ -148,11 +148,3 @@ def _packed_states(
         before.append(torch.where(begins, opened, torch.cat([past, total[:-1]])).unsqueeze(0))
         after.append(total)
     return LinearState(*before), LinearState(*after)
-
-
-def _slots(cu_seqlens: Tensor, chunks: Chunks, length: int, size: int) -> Tensor:
-    """Where among all chunks' slots each token of a packed row is, `[T]`."""
-    borders = cu_seqlens.long()
-    token = torch.arange(length, device=borders.device)
-    sequence = (torch.searchsorted(borders, token, right=True) - 1).clamp(0, borders.shape[0] - 2)
-    return chunks.offsets[sequence] * size + token - borders[sequence]

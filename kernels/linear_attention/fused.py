@@ -493,13 +493,13 @@ class _Cut(NamedTuple):
     states: int
 
     @classmethod
-    def of(cls, q: Tensor, cu_seqlens: Tensor | None) -> "_Cut":
+    def of(cls, q: Tensor, cu_seqlens: Tensor | None, size: int = CHUNK) -> "_Cut":
         batch, length = q.shape[:2]
         if cu_seqlens is None:
-            row = triton.cdiv(length, CHUNK)
+            row = triton.cdiv(length, size)
             return cls(None, None, None, None, length, row, batch * row, batch)
-        chunks: Chunks = chunk_table(cu_seqlens, length, CHUNK)
-        states, total = cu_seqlens.shape[0] - 1, count_chunks(length, 1, cu_seqlens.shape[0] - 1, True)
+        chunks: Chunks = chunk_table(cu_seqlens, length, size)
+        states, total = cu_seqlens.shape[0] - 1, chunk_count(length, cu_seqlens.shape[0] - 1, size)
         cu = cu_seqlens.clamp(0, length)
         return cls(cu, chunks.offsets, chunks.start, chunks.stop, length, total, total, states)
 
