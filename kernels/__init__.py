@@ -14,18 +14,28 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kernels.gated_delta_rule.op import gated_delta_rule, gated_delta_rule_step
+    from kernels.infini_memory.op import infini_memory, infini_memory_step
+    from kernels.infini_memory.state import InfiniCounters, InfiniState
     from kernels.linear_attention.op import linear_attention, linear_attention_step
     from kernels.linear_attention.state import LinearState
 
 __all__ = [
+    "InfiniCounters",
+    "InfiniState",
     "LinearState",
     "gated_delta_rule",
     "gated_delta_rule_step",
+    "infini_memory",
+    "infini_memory_step",
     "linear_attention",
     "linear_attention_step",
 ]
 
 _PLACES = {
+    "InfiniCounters": "kernels.infini_memory.state",
+    "InfiniState": "kernels.infini_memory.state",
+    "infini_memory": "kernels.infini_memory.op",
+    "infini_memory_step": "kernels.infini_memory.op",
     "LinearState": "kernels.linear_attention.state",
     "gated_delta_rule": "kernels.gated_delta_rule.op",
     "gated_delta_rule_step": "kernels.gated_delta_rule.op",
@@ -36,7 +46,7 @@ _PLACES = {
 # An operator and its folder share a name. The first import of a folder binds that name to the folder, so it
 # is done here, once, and the name is freed for the operator; `from kernels.linear_attention import chunk`
 # still finds the folder.
-for _folder in ("gated_delta_rule", "linear_attention"):
+for _folder in ("gated_delta_rule", "infini_memory", "linear_attention"):
     importlib.import_module(f"{__name__}.{_folder}")
     globals().pop(_folder, None)
 

@@ -1,0 +1,114 @@
+"""The Infini memory by block, plain PyTorch: what the CPU runs, and the fallback everywhere else.
+
+The recurrence is `kernels.linear_memory.chunk`: block i of the queries reads the running means of the blocks
+before i - L. Keys are put L blocks later, so that the means before block i are those it reads. Blocks are
+taken a few at a time, so that what they make stays in the processor's cache.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.infini_memory.state import InfiniCounters, InfiniState, written_blocks
+from kernels.linear_memory.chunk import EMPTY, LARGEST, Memory, read, write_linear
+from kernels.numerics import count_dtype, wide
+
+PIECE = 512
+"""Tokens computed at once, at least one block."""
+
+
+def mixed(numerator: Tensor, denominator: Tensor, gate: Tensor, local: Tensor) -> Tensor:
+    """g numerator / denominator + (1 - g) local, with g = 0 where the denominator says nothing is held.
+
+    Args:
+        numerator, local: `[..., D]`; denominator, gate: `[..., 1]`, of running means.
+    """
+    empty = denominator <= EMPTY
+    answer = numerator / torch.where(empty, 1, denominator)
+    return torch.where(empty, local, gate * answer + (1 - gate) * local)
+
+
+def step(q: Tensor, local: Tensor, gate: Tensor, state: InfiniState) -> Tensor:
+    """As `reference.step`, as two batched products."""
+    batch, groups, features = state.z.shape
+    rows = q.reshape(batch * groups, -1, features)
+    numerator = torch.bmm(rows, state.M.flatten(0, 1)).view(local.shape)
+    denominator = torch.bmm(rows, state.z.reshape(-1, features, 1)).view(*local.shape[:2], 1)
+    return mixed(numerator, denominator, gate.to(q.dtype).unsqueeze(-1), local)
+
+
+def infini_memory(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    local: Tensor,
+    gate: Tensor,
+    write_gate: Tensor | None,
+    mask: Tensor | None,
+    initial: InfiniState,
+    block: int,
+    lookback: int,
+    clamp: float,
+    piece: int = PIECE,
+) -> tuple[Tensor, InfiniState, InfiniCounters]:
+    """`kernels.infini_memory`, about `piece` tokens at a time; arguments checked before."""
+    dtype, (batch, length), groups = v.dtype, q.shape[:2], k.shape[2]
+    q, k, v, local = wide(q), wide(k), wide(v), wide(local)
+    weight = k.new_ones(batch, length, groups) if write_gate is None else write_gate.to(k.dtype)
+    k, v, weight, lost = _taken(k, v, weight, mask, written_blocks(length, block, lookback) * block)
+    blocks = -(-length // block)
+    k, v, weight = (_later(x, blocks, block, lookback) for x in (k, v, weight.unsqueeze(-1)))
+    rows = _cut(q, blocks, block, groups)
+    carry = Memory(initial.M, initial.z, initial.n.to(count_dtype(q.device)))
+    numerators, denominators, limited = [], [], []
+    count = max(1, piece // block)
+    for queries, keys, values, gates in zip(*(x.split(count, 2) for x in (rows, k, v, weight)), strict=True):
+        states, clamped = write_linear(keys, values, gates.squeeze(-1), carry, clamp)
+        before = Memory(states.M[:, :, :-1], states.z[:, :, :-1], states.n[:, :, :-1])
+        carry = Memory(states.M[:, :, -1], states.z[:, :, -1], states.n[:, :, -1].detach())
+        numerator, denominator = read(queries, before)
+        numerators.append(numerator)
+        denominators.append(denominator)
+        limited.append(clamped.sum(-1))
+    numerator, denominator = (_joined(x, block, length) for x in (numerators, denominators))
+    out = mixed(numerator, denominator, gate.to(q.dtype).unsqueeze(-1), local)
+    counters = InfiniCounters(torch.stack(limited).sum(0), lost)
+    return out.to(dtype), InfiniState(carry.M, carry.z, carry.n), counters
+
+
+def _taken(
+    k: Tensor, v: Tensor, weight: Tensor, mask: Tensor | None, whole: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Keys, values and weights, 0 for what is not written, and how many tokens were left out, `[B, G]`.
+
+    Args:
+        whole: tokens after this one are not written by this call.
+    """
+    largest = torch.maximum(k.detach().abs().amax(-1), v.detach().abs().amax(-1))
+    fits = torch.maximum(largest, weight.detach().abs()) < LARGEST  # a NaN is not
+    here = (torch.arange(k.shape[1], device=k.device) < whole).view(1, -1, 1)
+    here = here if mask is None else here & mask.unsqueeze(-1)
+    taken = here & fits & (weight > 0)
+    # Before any product, because 0 times NaN is NaN.
+    k, v = (torch.where(taken.unsqueeze(-1), x, 0) for x in (k, v))
+    return k, v, torch.where(taken, weight, 0), (here & ~fits & ~(weight <= 0)).sum(1)
+
+
+def _later(x: Tensor, blocks: int, block: int, lookback: int) -> Tensor:
+    """`[B, T, G, E]` -> `[B, G, N, S, E]`, moved back by L blocks of zeros."""
+    first = min(lookback * block, blocks * block)
+    kept = x[:, : blocks * block - first]
+    missing = blocks * block - first - kept.shape[1]
+    x = torch.nn.functional.pad(kept, (0, 0, 0, 0, first, missing))
+    return x.unflatten(1, (blocks, block)).permute(0, 3, 1, 2, 4)
+
+
+def _cut(q: Tensor, blocks: int, block: int, groups: int) -> Tensor:
+    """`[B, T, H, F]` -> `[B, G, N, R S, F]`: the heads of a group side by side."""
+    q = torch.nn.functional.pad(q, (0, 0, 0, 0, 0, blocks * block - q.shape[1]))
+    return q.unflatten(2, (groups, -1)).unflatten(1, (blocks, block)).permute(0, 3, 1, 4, 2, 5).flatten(3, 4)
+
+
+def _joined(parts: list[Tensor], block: int, length: int) -> Tensor:
+    """The pieces `[B, G, N, R S, E]` as `[B, T, H, E]`."""
+    x = torch.cat(parts, 2).unflatten(3, (-1, block))
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(3, 4).flatten(1, 2)[:, :length]
