@@ -12,6 +12,9 @@ from kernels.arguments import check_choice
 
 BACKENDS = ("auto", "triton", "chunk", "reference", "fla")
 
+FORCED = ("auto", "triton", "chunk", "reference")
+"""What all operators of a process can be told to run as: the forms that every one of them has."""
+
 LOG = logging.getLogger(__name__)
 
 TURING = (7, 5)
@@ -19,10 +22,23 @@ AMPERE = (8, 0)
 
 _said: set[tuple[str, ...]] = set()
 
+_forced = "auto"
+
 
 def interpreted() -> bool:
     """Whether Triton runs its kernels on the CPU, in Python (`TRITON_INTERPRET=1`)."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in {"1", "true", "yes", "on", "y"}
+
+
+def force(backend: str) -> None:
+    """What "auto" stands for from now on in this process: one of `FORCED`.
+
+    Raises:
+        ValueError: another word.
+    """
+    global _forced
+    check_choice("backend", backend, FORCED)
+    _forced = backend
 
 
 def triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -62,20 +78,22 @@ def choose(
     """The form of operator `op` to run: "triton", "chunk", "reference" or "fla".
 
     Args:
-        backend: one of `BACKENDS`; "auto" takes the fastest that can run.
+        backend: one of `BACKENDS`; "auto" takes what was forced, or else the fastest that can run.
         refusal: why this call in particular has no Triton kernel, if it has none.
 
     Raises:
         ValueError: an unknown backend, or "triton" forced where it cannot run.
     """
     check_choice("backend", backend, BACKENDS)
-    return _choose(op, backend, str(device), dtype, refusal)
+    return _choose(op, _forced if backend == "auto" else backend, str(device), dtype, refusal)
 
 
 def _choose(op: str, backend: str, place: str, dtype: torch.dtype, refusal: str | None) -> str:
     if backend in {"chunk", "reference", "fla"}:
         return _say(op, backend, f"backend={backend} asks for it")
     device = torch.device(place)
+    if backend == "auto" and device.type == "cpu":  # at once: a search for packages would slow decoding
+        return _say(op, "chunk", "on a CPU Triton would be interpreted, which is for tests")
     refusal = refusal or triton_refusal(device, dtype)
     if backend == "triton":
         if refusal is not None:
@@ -83,8 +101,6 @@ def _choose(op: str, backend: str, place: str, dtype: torch.dtype, refusal: str 
         return _say(op, "triton", "backend=triton asks for it")
     if refusal is not None:
         return _say(op, "chunk", refusal)
-    if device.type == "cpu":
-        return _say(op, "chunk", "Triton would be interpreted here, which is for tests")
     return _say(op, "triton", f"{dtype} on {torch.cuda.get_device_name(device)}")
 
 

@@ -66,6 +66,7 @@ class Blocks:
         phi_q: `[Q, G, N, R S, F]` the queries' features, where the variant has a memory.
         pool_k, pool_v: `[Q, G, K + N S, D]`, what its indices point into.
         written: the memory before each block and after the last, where the variant has one.
+        after: the memory after the call, where an operator made that alone.
         own: whatever else a variant computes once and needs again in the same call, by name.
         step: one token that completes no block, so that nothing leaves: only q, layout and state are there
             (`replace.one_token`).
@@ -84,6 +85,7 @@ class Blocks:
     pool_k: Tensor | None = None
     pool_v: Tensor | None = None
     written: Memory | None = None
+    after: Memory | None = None
     phi_q: Tensor | None = None
     own: dict[str, Tensor] = field(default_factory=dict)
     step: bool = False

@@ -181,6 +181,16 @@ class EvalConfig:
 
 
 @dataclass
+class KernelsConfig:
+    """Which form of the operators in `kernels` runs: auto (the fastest that can), triton, chunk or reference.
+
+    It holds for the operators that have these forms and take part in a run; see `kernels/dispatch.py`.
+    """
+
+    backend: str = "auto"
+
+
+@dataclass
 class LoggerConfig:
     """Where metrics go besides the run's folder: none or wandb."""
 
@@ -201,6 +211,7 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
     experiment: str | None = None
     seed: int = 0
     stages: list[int] = field(default_factory=lambda: [1, 2, 3])

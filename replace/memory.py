@@ -271,14 +271,17 @@ class MemoryMixer(BlockMixer):
         state = super().next_state(blocks)
         assert blocks.weight is not None
         evicted = blocks.layout.evicted()
-        assert blocks.written is not None
-        written = blocks.written
+        after = blocks.after
+        if after is None:
+            assert blocks.written is not None
+            written = blocks.written
+            after = Memory(*(self._at(x, evicted) for x in (written.M, written.z, written.n)))
         state = replace(
             state,
             weight=None if self.write_gate is None else self._local(blocks.weight, evicted),
-            memory_M=self._at(written.M, evicted),
-            memory_z=self._at(written.z, evicted),
-            memory_n=self._at(written.n, evicted).to(count_dtype(blocks.v.device)),
+            memory_M=after.M,
+            memory_z=after.z,
+            memory_n=after.n.to(count_dtype(blocks.v.device)),
         )
         if blocks.selection is not None and not self.holds_retained:
             past = None if blocks.state is None else blocks.state.pair_weight

@@ -29,6 +29,7 @@ from eval.ablation import parts_of
 from eval.measure import Yardstick, conclude, keep_teacher, measure, yardstick
 from eval.metrics import FILE, comparable, new_metrics, read_metrics, write_metrics
 from eval.report import write_report
+from kernels.dispatch import force
 from replace.cache import ReplacedCacheLayer
 from replace.choice import layers_of, spec_of
 from replace.config import Config
@@ -162,6 +163,7 @@ def continued_teacher(
 def prepare(config: Config, run_dir: Path) -> None:
     """Seeds, threads and the config as composed, before anything is loaded."""
     keep_freed_memory()
+    force(config.kernels.backend)
     if config.threads:
         torch.set_num_threads(config.threads)
     random.seed(config.seed)

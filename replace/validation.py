@@ -26,6 +26,7 @@ LOCALS = ("segment", "sliding_window", "none")
 GATES = ("head", "token")
 WRITE_GATES = ("none", "token")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
+BACKENDS = ("auto", "triton", "chunk", "reference")
 LOSSES = ("mse", "huber", "cosine", "attention_weights")
 BASES = ("quick", "perplexity", "recall", "probes", "none")
 OBJECTIVES = ("kl", "ce", "mix")
@@ -169,6 +170,7 @@ def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
 
 def _check_run(config: Config) -> None:
     _one_of("precision", config.precision, PRECISIONS)
+    _one_of("kernels.backend", config.kernels.backend, BACKENDS)
     stages = config.stages
     _require(bool(stages), "stages", stages, "one or more of 1, 2, 3")
     _require(all(stage in (1, 2, 3) for stage in stages), "stages", stages, "1, 2 and 3")

@@ -1,9 +1,12 @@
 """Infini-attention (Munkhdalai et al. 2024): a gate per head (and token) between exact part and memory."""
 
+import importlib
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from kernels.linear_memory.chunk import EMPTY
+from kernels.linear_memory.chunk import EMPTY, Memory
 from kernels.numerics import wide
 from replace.blocks import Blocks, Call, Heads, grouped
 from replace.config import AttentionConfig
@@ -19,6 +22,9 @@ class Infini(MemoryMixer):
 
     Untrained, the memory answers with a blurred mean of all that is older, so the swap is as far from the
     teacher as sigmoid of `gate_init` allows.
+
+    Where `kernels.dispatch` says so, as it does on a GPU, reading, joining and writing are one operator,
+    `kernels.infini_memory`. It knows the linear update only, of a memory that holds the retained pairs too.
     """
 
     def __init__(self, options: AttentionConfig, heads: Heads, rotary: RotarySpec | None) -> None:
@@ -27,11 +33,96 @@ class Infini(MemoryMixer):
 
     def mix(self, blocks: Blocks, exact: Tensor, mass: Tensor | None, call: Call) -> Tensor:
         """Join by the gate; see the class."""
-        numerator, denominator, _ = self.remember(blocks, call)
-        held = denominator > EMPTY
-        gate = grouped(blocks.layout.new(self.gate(call.hidden)), self.heads, blocks.layout.block)
+        gate = blocks.layout.new(self.gate(call.hidden))
         if "window" in self.off:
             gate = torch.ones_like(gate)
-        gate = torch.where(held, gate, 0) if "memory" not in self.off else torch.zeros_like(gate)
+        if "memory" in self.off:
+            gate = torch.zeros_like(gate)
+        operator = operators() if self.options.update == "linear" and self.holds_retained else None
+        if operator is not None:
+            form, dtype = self._form(blocks, operator)
+            if form != "chunk" and blocks.step:
+                return self._read_by(operator, form, dtype, blocks, exact, gate, call)
+            if form != "chunk":
+                return self._remember_by(operator, form, dtype, blocks, exact, gate, call)
+        numerator, denominator, _ = self.remember(blocks, call)
+        held = denominator > EMPTY
+        gate = torch.where(held, grouped(gate, self.heads, blocks.layout.block), 0)
         answer = numerator / torch.where(held, denominator, 1)
         return gate * answer + (1 - gate) * wide(exact)
+
+    def _form(self, blocks: Blocks, operator: ModuleType) -> tuple[str, torch.dtype]:
+        """What the operator is to run as, and in which dtype it is given features, values and exact part.
+
+        fp16 is too narrow for features, and Triton's interpreter does not know bf16.
+        """
+        v, name = blocks.v, "infini_memory_step" if blocks.step else "infini_memory"
+        dtype = v.dtype if v.dtype == torch.bfloat16 and v.is_cuda else wide(v[:0]).dtype
+        if blocks.step and torch.is_grad_enabled():
+            return "chunk", dtype  # one token of a text that is trained on: no case for speed
+        refusal = operator.refusal(self.features, self.heads.dim)
+        return operator.choose(name, "auto", v.device, dtype, refusal), dtype
+
+    def _read_by(
+        self,
+        operator: ModuleType,
+        form: str,
+        dtype: torch.dtype,
+        blocks: Blocks,
+        exact: Tensor,
+        gate: Tensor,
+        call: Call,
+    ) -> Tensor:
+        """One token that writes nothing; exact and what is returned are `[B, G, 1, R, D]`."""
+        held, own = self._initial(blocks), blocks.layout.positions()[:, None, -1:]
+        phi_q = self.map_q(self._scaled(blocks.q, own, call.scaling))
+        given = (phi_q.squeeze(2).to(dtype), exact.flatten(1, 3).to(dtype), gate[..., 0, 0])
+        out = operator.infini_memory_step(*given, (held.M, held.z, held.n), backend=form)
+        return wide(out).view(exact.shape)
+
+    def _remember_by(
+        self,
+        operator: ModuleType,
+        form: str,
+        dtype: torch.dtype,
+        blocks: Blocks,
+        exact: Tensor,
+        gate: Tensor,
+        call: Call,
+    ) -> Tensor:
+        """As `mix`; the state after the call goes to `blocks.after`.
+
+        The keys that leave are those of the L blocks before the queries' own, so that to the operator nothing
+        is in between. No query reads a block that has not left for good by the end of the call.
+        """
+        layout = blocks.layout
+        own = layout.positions()[:, None, -blocks.q.shape[2] :]
+        phi_q = self.map_q(self._scaled(blocks.q, own, call.scaling))
+        k, v, weight, positions = (x.flatten(2, 3) for x in self._leaving(blocks))
+        phi_k = self.map_k(self._scaled(k, positions, call.scaling))
+        place = torch.arange(weight.shape[2], device=weight.device)
+        weight = torch.where(place < layout.evicted().view(-1, 1, 1) * layout.block, weight, 0)
+        given = (x.to(dtype).transpose(1, 2) for x in (phi_q, phi_k, v, self._to_slots(exact)))
+        initial = None
+        if blocks.state is not None:
+            held = self._initial(blocks)
+            initial = (held.M, held.z, held.n)
+        out, state, counters = operator.infini_memory(
+            *given,
+            gate.squeeze(-1).transpose(1, 2),
+            block=layout.block,
+            write_gate=weight.transpose(1, 2),
+            initial_state=initial,
+            clamp=self.options.clamp,
+            backend=form,
+        )
+        self.clamped = self.clamped + counters.clamped.sum()
+        self.nonfinite = self.nonfinite + counters.nonfinite.sum()
+        blocks.after = Memory(*state)
+        return grouped(wide(out).transpose(1, 2), self.heads, layout.block)
+
+
+def operators() -> ModuleType | None:
+    """The module of the operator; None in an export, which is made of PyTorch alone."""
+    ours = __name__.partition(".")[0] == "replace"
+    return importlib.import_module("kernels.infini_memory.op") if ours else None
