@@ -184,10 +184,11 @@ class EvalConfig:
 class KernelsConfig:
     """Which form of the operators in `kernels` runs: auto (the fastest that can), triton, chunk or reference.
 
-    It holds for the operators that have these forms and take part in a run; see `kernels/dispatch.py`.
+    It holds for the operators that have these forms and take part in a run; see `kernels/dispatch.py`. The
+    default is chunk as long as no GPU has run the Triton forms (`pytest -m gpu`).
     """
 
-    backend: str = "auto"
+    backend: str = "chunk"
 
 
 @dataclass

@@ -26,9 +26,7 @@ def forward(
     precision: str,
     width: int,
     segments: int,
-) -> tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
-]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `fused.forward`, of tensors with any strides."""
     given = (q, k, v, local, gate, write_gate, mask, M, z, n)
     with torch.cuda.device_of(q):

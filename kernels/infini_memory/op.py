@@ -200,7 +200,9 @@ def _groups(name: str, state: object, heads: int) -> int:
     """G, which has to divide H."""
     M = state[0] if isinstance(state, tuple) and len(state) == 3 else None
     if not isinstance(M, Tensor) or M.dim() != 4:
-        raise ValueError(f"{name} is a {type(state).__name__}; expected InfiniState(M, z, n), M [B, G, F, D].")
+        raise ValueError(
+            f"{name} is a {type(state).__name__}; expected InfiniState(M, z, n), M [B, G, F, D]."
+        )
     groups = int(M.shape[1])
     if groups == 0 or heads % groups:
         raise ValueError(

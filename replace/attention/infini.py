@@ -38,7 +38,9 @@ class Infini(MemoryMixer):
             gate = torch.ones_like(gate)
         if "memory" in self.off:
             gate = torch.zeros_like(gate)
-        operator = operators() if self.options.update == "linear" and self.holds_retained else None
+        # A compiler fuses the plain form by itself.
+        plain = self.options.update != "linear" or not self.holds_retained or torch.compiler.is_compiling()
+        operator = None if plain else operators()
         if operator is not None:
             form, dtype = self._form(blocks, operator)
             if form != "chunk" and blocks.step:
