@@ -41,6 +41,11 @@ def force(backend: str) -> None:
     _forced = backend
 
 
+def forced() -> str:
+    """What `force` was last told; "auto" where it never was."""
+    return _forced
+
+
 def triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why no Triton kernel can run here, or None where one can."""
     if "triton" not in sys.modules and importlib.util.find_spec("triton") is None:

@@ -23,7 +23,7 @@ class Infini(MemoryMixer):
     Untrained, the memory answers with a blurred mean of all that is older, so the swap is as far from the
     teacher as sigmoid of `gate_init` allows.
 
-    Where `kernels.dispatch` says so, as it does on a GPU, reading, joining and writing are one operator,
+    Where `kernels.backend` asks for it, reading, joining and writing are one operator,
     `kernels.infini_memory`. It knows the linear update only, of a memory that holds the retained pairs too.
     """
 
@@ -39,7 +39,7 @@ class Infini(MemoryMixer):
         if "memory" in self.off:
             gate = torch.zeros_like(gate)
         # A compiler fuses the plain form by itself.
-        plain = self.options.update != "linear" or not self.holds_retained or torch.compiler.is_compiling()
+        plain = self.options.update != "linear" or torch.compiler.is_compiling()
         operator = None if plain else operators()
         if operator is not None:
             form, dtype = self._form(blocks, operator)
@@ -125,6 +125,9 @@ class Infini(MemoryMixer):
 
 
 def operators() -> ModuleType | None:
-    """The module of the operator; None in an export, which is made of PyTorch alone."""
-    ours = __name__.partition(".")[0] == "replace"
-    return importlib.import_module("kernels.infini_memory.op") if ours else None
+    """The module of the operator; None unless its form was asked for, and in an export (PyTorch alone)."""
+    if __name__.partition(".")[0] != "replace":
+        return None
+    if importlib.import_module("kernels.dispatch").forced() in ("auto", "chunk"):
+        return None
+    return importlib.import_module("kernels.infini_memory.op")

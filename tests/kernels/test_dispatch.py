@@ -102,7 +102,7 @@ def test_each_choice_is_said_once_with_the_reason(caplog: pytest.LogCaptureFixtu
         linear_attention(x, x, x, backend="reference")
     mine = [record.getMessage() for record in caplog.records if record.name == "kernels.dispatch"]
     assert len(mine) == 2
-    assert mine[0].startswith("linear_attention runs as chunk: Triton ")
+    assert mine[0].startswith("linear_attention runs as chunk: on a CPU Triton ")
     assert mine[1] == "linear_attention runs as reference: backend=reference asks for it"
 
 
