@@ -20,7 +20,7 @@ import replace
 from eval.ablation import parts_of
 from eval.measure import Yardstick, conclude, keep_teacher, measure, yardstick
 from eval.metrics import FILE, last_student, new_metrics, read_metrics, write_metrics
-from eval.plan import clear_tokens_of
+from eval.plan import clear_tokens_of, only, plan_for
 from eval.report import write_report
 from replace.compose import choices, compose, load_config
 from replace.config import Config, DataConfig, ModelConfig
@@ -142,7 +142,11 @@ def evaluate(options: dict[str, str]) -> Path:
         metrics["phases"], metrics["wall_seconds"] = {}, {}
     kept = before if same_text and config.eval.base != "quick" else {}
     training = {"training": before["training"]} if "training" in before else {}
-    measured = measure(model, tokenizer, config, phase=phase, final=True, using=using)
+    plan = plan_for(config.budget.eval, parts, phase=phase, final=True, dev=using.dev is not None)
+    if same_text and "dev" in before:
+        plan, kept = replace_fields(plan, dev=None), {"dev": before["dev"]} | kept  # the model is the same
+    plan = only(plan, config.eval.base)
+    measured = measure(model, tokenizer, config, phase=phase, final=True, using=using, plan=plan)
     measured["test_reads"] += before.get("test_reads", 0) if same_text else 0
     metrics["phases"][phase] = merged(kept, measured) | training
     metrics["wall_seconds"][f"eval {phase}"] = round(time.perf_counter() - start, 1)

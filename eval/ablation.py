@@ -56,7 +56,7 @@ def _kind(slot) -> str | None:
         return "recurrent"
     if not slot.is_initialized:
         return None
-    return "sliding_window" if slot.is_sliding else "full_attention"
+    return "sliding_window" if getattr(slot, "is_sliding", False) else "full_attention"
 
 
 @contextmanager

@@ -243,13 +243,15 @@ def _unmeasured(config: Config, measured: dict, parts: dict[str, Any]) -> dict[s
 
 
 def _perplexities(model, tokenizer, config: Config, using: Yardstick, ablation: str = "") -> dict[str, dict]:
-    """Of each text; of its first half of windows for what only explains."""
+    """Of each text; for what only explains, of the first half of the first one's windows."""
     budget = config.budget.eval
     length, tokens = budget.perplexity_length, budget.perplexity_tokens
+    books = list(using.books.items())
     if ablation in EXPLAINING:
+        books = books[:1]
         tokens = max(length, tokens // length // 2 * length)
     results = {}
-    for name, text in using.books.items():
+    for name, text in books:
         subject = model
         if ablation == OTHER_TEXT:
             other = OtherText(model, tokenizer, another(using.books, name), length // 2)

@@ -4,8 +4,10 @@ The budget's `episodes` counts those of one length and depth. They are spread ev
 needles in new phrasings, in novels and in repeated filler, so each `Cell` gets a quarter of them, rounded up,
 and each mean over the three depths that the report prints rests on 3 * episodes / 4. Between the stages the
 two parts of the state are switched off together only; at the end each of them alone as well, and perplexity
-is measured without them too. What only explains a result (`EXPLAINING`) is measured at the end, at the
-shortest length, on the first half of the episodes and windows.
+is measured without them too. Long texts cost most, so beyond the shortest length a cell gets half of the
+episodes, and only both parts together are switched off, in novels. What only explains a result (`EXPLAINING`)
+is measured at the end, at the shortest length, on the first half of the episodes, and on the first half of
+the first text's windows.
 
 Where there is a dev split, what lies between the phases is measured on that: swap and stages on dev alone,
 the last phase and the teacher on test, and on dev besides, because a recovery needs the teacher, the swap and
@@ -45,21 +47,15 @@ EXPLAINING = ("window_off", "sinks_off", OTHER_TEXT)
 
 @dataclass(frozen=True)
 class Grid:
-    """Cells of one length, the episodes of each, and the ablations run on the very same episodes.
-
-    `ablated` is how many of a cell's episodes the ablations get; by default all.
-    """
+    """Cells of one length, the episodes of each, and the ablations run on the very same episodes."""
 
     cells: tuple[Cell, ...]
     episodes: int
     ablations: tuple[str, ...] = ()
-    ablated: int | None = None
 
     def episodes_of(self, ablation: str) -> int:
         """Episodes a cell for an ablation (none: everything on): the first ones, so that they pair."""
-        if ablation in EXPLAINING:
-            return math.ceil(self.episodes / 2)
-        return self.episodes if self.ablated is None or not ablation else self.ablated
+        return math.ceil(self.episodes / 2) if ablation in EXPLAINING else self.episodes
 
 
 @dataclass(frozen=True)
@@ -107,11 +103,14 @@ def plan_for(
         shared = None
     grids = []
     for length in sorted(set(lengths)):
-        shortest = length == min(lengths)
-        # Long texts cost most, and there the ablations need not be as precise as at the first length.
-        ablated = None if shortest else math.ceil(spread / 2)
-        off = combined + (each if final else ()) + (explaining if shortest else ())
-        grids.append(Grid(cells_of(length, "test"), spread, off, ablated))
+        cells = cells_of(length, "test")
+        if length == min(lengths):
+            grids.append(Grid(cells, spread, combined + (each if final else ()) + explaining))
+        else:
+            few = math.ceil(spread / 2)
+            natural = tuple(cell for cell in cells if cell.haystack == HAYSTACKS[0])
+            grids.append(Grid(natural, few, combined))
+            grids.append(Grid(tuple(cell for cell in cells if cell not in natural), few))
     if last_or_teacher:
         length = min(budget.phase_lengths)
         distractors = min(MOST_DISTRACTORS, max(1, length // DISTRACTOR_EVERY))

@@ -162,8 +162,8 @@ def perplexity_by_phase(phases: dict) -> Figure:
         raise NotMeasured("perplexity was not measured")
     figure, axes = panels_of(len(corpora), 2, width=4.6, height=2.8)
     for row, corpus in zip(axes, corpora, strict=True):
-        figures = {name: found[name].get(corpus) for name in measured}
-        figures = {name: entry for name, entry in figures.items() if entry and entry.get("ppl") is not None}
+        figures = {name: found[name][corpus] for name in measured if corpus in found[name]}
+        figures = {name: entry for name, entry in figures.items() if entry.get("ppl") is not None}
         _by_phase(row[0], figures)
         row[0].set_title(corpus)
         row[0].set_ylabel("perplexity")

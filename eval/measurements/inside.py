@@ -140,8 +140,8 @@ def _reads(given: Given, held: Tensor) -> dict:
     signs = torch.randint(0, 2, given.value.shape, generator=generator).to(given.value.device) * 2.0 - 1
     signs[..., 0] = 1
     answer = given.ask("window", value=signs)
-    spread = answer[..., 0].square() / answer[..., 1:].square().mean(-1)
-    spread = [_geometric(spread[:, h][held[:, h]]) for h in range(spread.shape[1])]
+    tokens = answer[..., 0].square() / answer[..., 1:].square().mean(-1)
+    spread = [_geometric(tokens[:, h][held[:, h]]) for h in range(tokens.shape[1])]
     block, lookback = given.mixer.block, given.mixer.lookback
     place = torch.arange(held.shape[2], device=held.device)
     stored = (block * (place // block - lookback) - given.mixer.options.sinks).clamp_min(1)

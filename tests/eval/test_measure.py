@@ -279,9 +279,13 @@ def test_plans_cost_what_they_say():
     assert sum(len(grid.cells) * grid.episodes for grid in between.grids) == 24
     assert {grid.ablations for grid in between.grids} == {("memory_and_pairs_off",)}
     final = plan_for(budget, both, phase="stage3", final=True)
-    long = final.grids[1]
+    long, filler = final.grids[1:3]
     three = ("memory_off", "pairs_off", "memory_and_pairs_off")
-    assert [long.episodes_of(name) for name in three] == [1, 1, 1]
+    assert long.ablations == ("memory_and_pairs_off",)
+    assert filler.ablations == ()
+    assert {cell.haystack for cell in long.cells} == {"novel"}
+    assert {cell.length for grid in (long, filler) for cell in grid.cells} == {4096}
+    assert [grid.episodes for grid in (long, filler)] == [1, 1]
     assert [final.grids[0].episodes_of(name) for name in three] == [2, 2, 2]
     assert {cell.length for grid in final.grids for cell in grid.cells} == {1024, 4096}
     assert plan_for(budget, {"pairs": 30}, phase="stage3", final=True).perplexity_ablations == (
