@@ -162,8 +162,8 @@ class EvalConfig:
     names measurements for the teacher and the last phase (`eval/measurements/`). `control` is the folder of a
     run of equal budget with the same window and no memory, whose figures stand beside (`eval/control.py`).
     The rest is how large those are: `stream_tokens` at most of a book for `streaming`; the grid of `niah`
-    (depths in % from the start, forms as in `replace/needles.py`, episodes a cell) and of `passkey`; lengths of
-    context for `speed`.
+    (depths in % from the start, forms as in `replace/needles.py`, episodes a cell) and of `passkey`; lengths
+    of context for `speed`.
     """
 
     name: str = "quick"
