@@ -12,6 +12,7 @@ import torch
 
 from eval.ablation import ablate, parts_of
 from eval.control import control_of
+from eval.harness import add_deltas
 from eval.layer_outputs import Reference, capture, layer_outputs
 from eval.measurements import KEPT, MEASUREMENTS
 from eval.metrics import PHASES, comparable, count_test_reads, last_student, most_final
@@ -368,7 +369,7 @@ def _timed(seconds: dict[str, float], phase: str, name: str) -> Iterator[None]:
 
 
 def conclude(metrics: dict, parts: dict[str, Any]) -> None:
-    """Add to `metrics`, in place, the parts, the reads of test, and the last phase's recovery and verdict."""
+    """Add to `metrics`, in place, the parts, the reads of test, recovery, verdict and deltas to the teacher."""
     student = last_student(metrics)
     metrics["parts"] = parts
     metrics["test_reads"] = count_test_reads(metrics)
@@ -377,3 +378,5 @@ def conclude(metrics: dict, parts: dict[str, Any]) -> None:
     phases = {name: comparable(phase) for name, phase in metrics["phases"].items()}
     metrics["recovery"] = recovery(phases, student, seed=SEED)
     metrics["verdict"] = verdict(most_final(metrics["phases"][student]), parts, seed=SEED)
+    teacher = metrics["phases"].get("teacher", {})
+    add_deltas(teacher.get("lm_eval", {}), metrics["phases"][student].get("lm_eval", {}))

@@ -130,6 +130,7 @@ def render(
         },
         probes=_probes(phases, student),
         sections=written(phases, drawn),
+        choices=_choices(phases, main),
         cost=_cost(phases, student),
         training=_training(metrics, log),
         replaced=_replaced(metrics),
@@ -300,6 +301,36 @@ def _probes(phases: dict, student: str | None) -> list[dict]:
                 }
             )
     return rows
+
+
+def _choices(phases: dict, main: dict) -> dict:
+    """Tasks of lm-eval, metric by metric: the teacher, the last phase, and what lies between them."""
+    rows, notes = [], []
+    before = phases.get("teacher", {})
+    tasks, others = main.get("lm_eval", {}), {} if main is before else before.get("lm_eval", {})
+    for task, entry in tasks.items():
+        teacher = others.get(task, {})
+        for metric in entry["stderr"]:
+            delta = entry.get("delta", {}).get(metric, {})
+            gap = DASH if delta.get("difference") is None else f"{delta['difference']:+.3f}"
+            if delta.get("stderr") is not None:
+                gap += f" ± {delta['stderr']:.3f} {bounds(delta['interval'], '+.3f')}"
+            of = DASH if entry["n"] is None else f"{entry['n']:,} of {entry['of']:,}"
+            chance = f"{entry['chance']:.2f}" if entry["chance"] and metric.startswith("acc") else DASH
+            figures = [_with_error(of_phase, metric) for of_phase in (teacher, entry)]
+            p = f"{delta['p']:.2g}" if "p" in delta else DASH
+            rows.append({"name": f"{task}, {metric}", "cells": [of, chance, *figures, gap, p]})
+        note = ((entry.get("source") or {}).get("source") or {}).get("note")
+        notes += [f"{task}: {note}"] if note else []
+    return {"rows": rows, "notes": notes}
+
+
+def _with_error(entry: dict, metric: str) -> str:
+    """A figure of lm-eval and its standard error."""
+    value, error = entry.get(metric), entry.get("stderr", {}).get(metric)
+    if value is None:
+        return DASH
+    return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"
 
 
 def _cost(phases: dict, student: str | None) -> dict:

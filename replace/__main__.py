@@ -144,12 +144,11 @@ def _launch(arguments: list[str], resumed: Config | None) -> int:
 
 
 def _validate(config: Config) -> None:
-    from eval.measurements import MEASUREMENTS
+    from eval.measurements import check
     from replace.validation import validate
 
     validate(config)
-    for name in config.eval.more:  # here, because replace knows nothing of eval
-        MEASUREMENTS.get(name)
+    check(config)  # here, because replace knows nothing of eval
 
 
 def _describe(config: Config) -> None:

@@ -8,6 +8,17 @@ conf/stage/default.yaml.
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+OFFLINE_TASKS = (
+    "offline_piqa",
+    "offline_openbookqa",
+    "offline_commonsenseqa",
+    "offline_siqa",
+    "offline_boolq",
+    "offline_mmlu",
+    "offline_cloze",
+)
+"""The task files of `eval/tasks/`, whose items need no hub."""
+
 
 @dataclass
 class ModelConfig:
@@ -164,6 +175,9 @@ class EvalConfig:
     The rest is how large those are: `stream_tokens` at most of a book for `streaming`; the grid of `niah`
     (depths in % from the start, forms as in `replace/needles.py`, episodes a cell) and of `passkey`; lengths
     of context for `speed`.
+
+    `tasks` and `limit` serve lm_eval: task files of `eval/tasks/` by name, a task file of one's own by path,
+    or tasks of lm-eval by name; and how many items of each are taken, null for all.
     """
 
     name: str = "quick"
@@ -178,6 +192,8 @@ class EvalConfig:
     passkey_lengths: list[int] = field(default_factory=lambda: [1024, 4096, 16384])
     passkey_episodes: int = 1
     speed_lengths: list[int] = field(default_factory=lambda: [1024, 4096, 16384])
+    tasks: list[str] = field(default_factory=lambda: list(OFFLINE_TASKS))
+    limit: int | None = 100
 
 
 @dataclass

@@ -6,10 +6,12 @@ A measurement is a function under `@MEASUREMENTS.register("<name>")`,
 
 whose result joins the phase's dict in `metrics.json` (`eval.metrics` has the schema). It is called for the
 teacher and for the last phase, in evaluation mode, without gradients and in the precision of the config.
+What can be known to be wrong before a model is loaded is refused by a function under `CHECKS[<name>]`.
 """
 
 from collections.abc import Callable
 
+from replace.config import Config
 from replace.registry import Registry
 
 MEASUREMENTS: Registry[Callable[..., dict]] = Registry("eval.more", "eval.measurements")
@@ -18,3 +20,17 @@ KEPT: Registry[Callable[..., object]] = Registry("eval.more", "eval.measurements
 """What a measurement keeps of the teacher, for the students: under the same name, with the same arguments;
 what it returns is `using.kept[<name>]`.
 """
+
+CHECKS: dict[str, Callable[[Config], None]] = {}
+
+
+def check(config: Config) -> None:
+    """Refuse unknown measurements, and those that the config asks for wrongly.
+
+    Raises:
+        UserError: the first thing found wrong.
+    """
+    for name in config.eval.more:
+        MEASUREMENTS.get(name)
+        if name in CHECKS:
+            CHECKS[name](config)
