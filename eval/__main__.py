@@ -18,16 +18,16 @@ import torch
 
 import replace
 from eval.ablation import parts_of
-from eval.measure import Yardstick, conclude, keep_teacher, measure, yardstick
+from eval.measure import Yardstick, conclude, measure, yardstick
+from eval.measurements import check
 from eval.metrics import FILE, last_student, new_metrics, read_metrics, write_metrics
-from eval.plan import clear_tokens_of, only, plan_for
+from eval.plan import Plan, clear_tokens_of, only, plan_for
 from eval.report import write_report
 from replace.compose import choices, compose, load_config
 from replace.config import Config, DataConfig, ModelConfig
 from replace.console import Console
 from replace.errors import UserError, bad_value
 from replace.loading import load_model
-from replace.precision import autocast
 from replace.validation import check_reach
 
 logger = logging.getLogger(__name__)
@@ -38,6 +38,7 @@ python -m eval model=<folder or hub id>  measure any causal language model
     out=<folder>           where metrics.json and report.md go; by default <run folder>/eval, or
                            outputs/eval/<model>/<date and time>
     eval={sets}
+    eval.<key>=<value>     any field of the set, such as eval.limit=500 or 'eval.tasks=[offline_piqa]'
     data=<file or folder>  text to measure on, instead of the run's or the default books
     budget=<name>          how much is measured, as in `python -m replace`; by default the run's own, or quick
     trust_remote_code=true run the code that a model's folder brings along
@@ -76,8 +77,8 @@ def parse(arguments: Sequence[str]) -> dict[str, str]:
         key, equals, value = argument.partition("=")
         if not equals or not value:
             raise bad_value("argument", argument, "key=value, such as run=<run folder> or eval=recall")
-        if key not in KEYS:
-            raise bad_value(key, value, f"the keys {', '.join(KEYS)}")
+        if key not in KEYS and not key.startswith("eval."):
+            raise bad_value(key, value, f"the keys {', '.join(KEYS)}, eval.<key>")
         if key in options:
             raise bad_value(key, value, "one value")
         options[key] = value
@@ -109,8 +110,12 @@ def evaluate(options: dict[str, str]) -> Path:
     if "budget" in options:
         config.budget = compose([f"budget={options['budget']}"]).budget
     same_text = _take_data(config, options.get("data"))
-    if "eval" in options:
-        config.eval = replace_fields(compose([f"eval={options['eval']}"]).eval, control=config.eval.control)
+    fields = [f"{key}={value}" for key, value in options.items() if key.startswith("eval.")]
+    if "eval" in options or fields:
+        name, control = options.get("eval", config.eval.name), config.eval.control
+        config.eval = compose([f"eval={name}", *fields]).eval
+        config.eval.control = config.eval.control or control
+    check(config)
 
     recorded = None
     if source is not None:
@@ -123,8 +128,7 @@ def evaluate(options: dict[str, str]) -> Path:
     if positions is not None:
         check_reach(config.budget.eval, positions)
     using = yardstick(tokenizer, config, clear=clear_tokens_of(model, config.attention))
-    if source is not None:
-        _keep_teacher(config, using)
+    teacher = _teacher(config, using) if source is not None else {}
     model = _moved(model)
 
     metrics = recorded or new_metrics(
@@ -140,6 +144,8 @@ def evaluate(options: dict[str, str]) -> Path:
     if recorded and not same_text:
         logger.warning("the recorded phases were measured on other text than data= and are left out")
         metrics["phases"], metrics["wall_seconds"] = {}, {}
+    if config.eval.more and teacher:
+        metrics["phases"]["teacher"] = merged(metrics["phases"].get("teacher", {}), teacher)
     kept = before if same_text and config.eval.base != "quick" else {}
     training = {"training": before["training"]} if "training" in before else {}
     plan = plan_for(config.budget.eval, parts, phase=phase, final=True, dev=using.dev is not None)
@@ -209,12 +215,14 @@ def _config_for(name: str, trust: bool) -> Config:
     return config
 
 
-def _keep_teacher(config: Config, using: Yardstick) -> None:
-    """Keep what the student is compared with; the teacher is gone from memory afterwards."""
-    teacher = load_model(config.model)
-    model = _moved(teacher.model).eval()
-    with autocast(config.precision, model.device), torch.no_grad():
-        keep_teacher(model, teacher.tokenizer, config, using)
+def _teacher(config: Config, using: Yardstick) -> dict:
+    """Capture the teacher's layer outputs in `using`, and measure of it what `eval.more` names.
+
+    The teacher is gone from memory afterwards.
+    """
+    loaded = load_model(config.model)
+    model, nothing = _moved(loaded.model), only(Plan(), "none")
+    return measure(model, loaded.tokenizer, config, phase="teacher", final=False, using=using, plan=nothing)
 
 
 def _folder(options: dict[str, str], default: Path) -> Path:

@@ -369,7 +369,7 @@ def _timed(seconds: dict[str, float], phase: str, name: str) -> Iterator[None]:
 
 
 def conclude(metrics: dict, parts: dict[str, Any]) -> None:
-    """Add to `metrics`, in place, the parts, the reads of test, recovery, verdict and deltas to the teacher."""
+    """Add to `metrics`, in place, parts, reads of test, recovery, verdict and deltas to the teacher."""
     student = last_student(metrics)
     metrics["parts"] = parts
     metrics["test_reads"] = count_test_reads(metrics)
