@@ -15,10 +15,10 @@ from eval.ablation import ablate, parts_of
 from eval.intervals import bootstrap
 from eval.measurements import MEASUREMENTS
 from eval.perplexity import CHUNK, summary, tokenise
-from eval.stream import PIECE, Reach, Stream, cache_bytes, device_of, pieces, positions_of, reach_of
+from eval.stream import PIECE, Reach, Stream, device_of, pieces, positions_of, reach_of
 from replace.choice import layers_of
 from replace.config import AttentionConfig, Config
-from replace.convert import SwapSpec, swap
+from replace.convert import SwapSpec, restore, swap
 from replace.loading import load_model
 from replace.precision import cast_once
 
@@ -131,10 +131,7 @@ def window_of(teacher, size: int) -> AttentionConfig:
 
     A window that would need more positions than the teacher has is as long as those allow.
     """
-    probe = torch.zeros(1, PROBE, dtype=torch.long, device=device_of(teacher))
-    with torch.inference_mode():
-        cache = teacher(input_ids=probe, use_cache=True).past_key_values
-    room = math.ceil(size * PROBE / cache_bytes(cache))
+    room = math.ceil(size / bytes_of_a_token(teacher))
     block = max(1, min(32, room // 4))
     sinks = min(4, block)
     blocks = max(1, math.ceil((room - sinks - block) / block))
@@ -143,10 +140,27 @@ def window_of(teacher, size: int) -> AttentionConfig:
         blocks = max(1, min(blocks, limit // block - 1))
     span = (blocks + 1) * block
     cap = max(span, min(512, limit or 512))
+    return _window(block, blocks * block, sinks, cap)
+
+
+def bytes_of_a_token(teacher) -> float:
+    """Bytes of one place in the window that `window_of` describes, in the precision that is measured.
+
+    It is tried out, since an ordinary cache may hold wider numbers than a window does. The teacher is swapped
+    and restored.
+    """
+    swap(teacher, SwapSpec(dict.fromkeys(layers_of(teacher), _window(PROBE, PROBE, 0, None))))
+    stream = Stream(teacher)
+    stream.feed(torch.zeros(1, 2, dtype=torch.long, device=device_of(teacher)))
+    restore(teacher)
+    return stream.bytes() / (2 * PROBE)
+
+
+def _window(block: int, window: int, sinks: int, cap: int | None) -> AttentionConfig:
     return AttentionConfig(
         name="sliding_window",
         block=block,
-        window=blocks * block,
+        window=window,
         sinks=sinks,
         pairs=0,
         distance_cap=cap,
@@ -155,7 +169,7 @@ def window_of(teacher, size: int) -> AttentionConfig:
 
 
 PROBE = 16
-"""Tokens after which the bytes of one token are taken."""
+"""Block and window of the trial."""
 
 
 def against(mine: list[dict], theirs: list[dict]) -> dict:

@@ -105,8 +105,9 @@ def heatmap(axis: Axes, cells: list[dict], key: str, exact: dict) -> None:
     axis.grid(visible=False)
     axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
     axis.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])
+    measured = {cell["length"] for cell in cells if cell["exact"] is not None}
     for column, length in enumerate(lengths):
-        for place, colour, width in borders(length, exact):
+        for place, colour, width in borders(length, exact) if length in measured else ():
             height = float(np.interp(place, depths, range(len(depths))))
             axis.plot([column - 0.5, column + 0.5], [height, height], color=colour, linewidth=width)
     axis.set_xlim(-0.5, len(lengths) - 0.5)

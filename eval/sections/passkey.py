@@ -22,8 +22,9 @@ def text(phases: dict, names: list[str]) -> str:
         theirs: dict = next((mean for mean in teacher["means"] if mean["length"] == pooled["length"]), {})
         times = f" ({pooled['times']:g} times the training's)" if pooled["times"] else ""
         by_depth = [DASH if cells[d]["exact"] is None else f"{cells[d]['exact']:.2f}" for d in depths]
-        mean = f"not measured: {pooled['why']}"
-        if pooled["exact"] is not None:
+        if pooled["exact"] is None:
+            mean = f"not measured: {pooled['why']}"
+        else:
             mean = f"{exact(pooled)}, {pooled['episodes']} episodes"
         rows.append(
             [

@@ -55,6 +55,7 @@ def picture(phases: dict, names: list[str]) -> Figure:
         axis.set_title(title)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axis.set_xlabel("tokens of context")
         axis.margins(x=0.18, y=0.25)
