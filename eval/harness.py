@@ -134,11 +134,11 @@ def _delta(metric: str, teacher: dict, student: dict) -> dict:
         gaps = np.subtract(mine, theirs)
         stderr = float(gaps.std(ddof=1) / math.sqrt(len(gaps))) if len(gaps) > 1 else None
         return {**paired_difference(mine, theirs), "stderr": stderr} | {"paired": True}
-    values = student.get(metric), teacher.get(metric)
+    value, base = student.get(metric), teacher.get(metric)
     errors = student["stderr"][metric], teacher["stderr"].get(metric)
-    if None in values:
+    if value is None or base is None:
         return {"difference": None, "why": "one of the two figures is missing"}
-    difference = values[0] - values[1]
+    difference = value - base
     if None in errors:
         return {"difference": difference, "stderr": None, "interval": None, "paired": False}
     stderr = math.hypot(*errors)
