@@ -13,7 +13,7 @@ from kernels.numerics import wide
 from replace.errors import bad_value
 from replace.registry import Registry
 
-FEATURE_MAPS: Registry[type["FeatureMap"]] = Registry("attention.feature_map")
+FEATURE_MAPS: Registry[type["FeatureMap"]] = Registry("attention.feature_map", base=lambda: FeatureMap)
 
 
 class FeatureMap(nn.Module):

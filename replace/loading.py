@@ -97,11 +97,27 @@ def check_model(cfg: ModelConfig) -> ModelFacts:
     config = _config(cfg)
     try:
         with torch.device("meta"):
-            parameters = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=cfg.trust_remote_code
-            ).num_parameters()
-    except (ValueError, ImportError) as error:
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.trust_remote_code)
+        _check_attends(cfg, model)
+        return _facts(config, model.num_parameters())
+    except (ValueError, ImportError, AttributeError, NotImplementedError) as error:
         raise _not_loaded(cfg, error) from error
+
+
+def _check_attends(cfg: ModelConfig, model: PreTrainedModel) -> None:
+    """Refuse a model without attention to replace, and an encoder, which sees the future."""
+    from replace.convert import attention_layers
+
+    allowed = "a decoder whose attention goes through transformers' attention interface"
+    try:
+        layers = attention_layers(model)
+    except UserError as error:
+        raise bad_value(*_named(cfg), f"{allowed}, which {type(model).__name__} has none of") from error
+    if all(getattr(module, "is_causal", None) is False for _, module in layers):
+        raise bad_value(*_named(cfg), f"{allowed} and is causal, which that of {type(model).__name__} is not")
+
+
+def _facts(config: PretrainedConfig, parameters: int) -> ModelFacts:
     text = config.get_text_config(decoder=True)
     heads = text.num_attention_heads
     return ModelFacts(
@@ -152,10 +168,19 @@ def _options(cfg: ModelConfig) -> dict[str, Any]:
     return options
 
 
+def _named(cfg: ModelConfig) -> tuple[str, str | None]:
+    """The field that chose the model, and its value."""
+    names = {
+        "hf": ("model.id", cfg.id),
+        "local": ("model.path", cfg.path),
+        "tiny": ("model.family", cfg.family),
+    }
+    return names.get(cfg.kind, ("model", cfg.kind))
+
+
 def _not_loaded(cfg: ModelConfig, error: Exception) -> UserError:
     """One sentence for a model that transformers could not load."""
-    names = {"hf": ("model.id", cfg.id), "local": ("model.path", cfg.path)}
-    field, value = names.get(cfg.kind, ("model", cfg.kind))
+    field, value = _named(cfg)
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return UserError(
         f"{field}={value!r} could not be loaded ({reason.rstrip('.')}); allowed: a causal language model "

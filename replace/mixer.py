@@ -35,7 +35,7 @@ from replace.registry import Registry
 from replace.rotary import Rotary, RotarySpec
 from replace.scores import SCORES, LearnedScore
 
-VARIANTS: Registry[type[nn.Module]] = Registry("attention.name", "replace.attention")
+VARIANTS: Registry[type[nn.Module]] = Registry("attention.name", "replace.attention", base=lambda: nn.Module)
 
 
 class BlockMixer(nn.Module):

@@ -22,7 +22,7 @@ from replace.registry import Registry
 if TYPE_CHECKING:
     from replace.mixer import Heads
 
-SCORES: Registry[type["Score"]] = Registry("attention.pairs_score")
+SCORES: Registry[type["Score"]] = Registry("attention.pairs_score", base=lambda: Score)
 
 
 class Score(nn.Module):

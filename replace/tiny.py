@@ -1,6 +1,7 @@
 """A random 4-layer model of any family and a byte-level tokenizer, made on the spot, for tests."""
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
@@ -73,7 +74,7 @@ def tiny_config(family: str, **changes: object) -> PretrainedConfig:
     sizes = {name: size for name, size in sizes.items() if size is not None}
     try:
         return AutoConfig.for_model(family, **sizes)
-    except ValueError as error:
+    except (ValueError, NotImplementedError, StrictDataclassError) as error:  # also sizes that do not fit
         raise bad_value("model.family", family, "a model type of transformers, such as llama") from error
 
 

@@ -2,6 +2,7 @@
 
 import glob
 import os
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,27 @@ LOSSES = ("mse", "huber", "cosine", "attention_weights")
 BASES = ("quick", "perplexity", "recall", "probes", "none")
 OBJECTIVES = ("kl", "ce", "mix")
 SUFFIXES = (".txt", ".jsonl", ".parquet")
+# The fields that only some options of their group read: group -> (what chooses, field -> those options).
+READ_BY: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
+    "model": (
+        "kind",
+        {
+            "id": ("hf",),
+            "path": ("local",),
+            "revision": ("hf",),
+            "family": ("tiny",),
+            "trust_remote_code": ("hf", "local"),
+        },
+    ),
+    "layers": ("select", {"indices": ("list",), "k": ("every", "first", "last", "retrieval")}),
+    "data": (
+        "kind",
+        {"path": ("files", "hf"), "name": ("hf",), "split": ("hf",), "text_field": ("files", "hf")},
+    ),
+    "logger": ("kind", {"project": ("wandb",)}),
+}
+LARGEST = 3.4e38
+"""The largest number that fp32 holds."""
 EPISODE = 128
 """Tokens of a recall episode beside window and block: the facts, the question, the answer, some text."""
 
@@ -47,6 +69,7 @@ def validate(config: Config, facts: "ModelFacts | None" = None) -> None:
     """
     _check_run(config)
     _check_model_fields(config.model)
+    _check_read(config, ("model", "layers", "data", "logger"))
     _check_data(config.data, _longest(config))
     _check_stages(config)
     _check_attention(config.attention)
@@ -75,6 +98,7 @@ def validate_swap(config: Config) -> "ModelFacts":
     """
     _check_run(config)
     _check_model_fields(config.model)
+    _check_read(config, ("model", "layers"))
     _check_attention(config.attention)
     _check_names(config)
     facts = _facts(config.model)
@@ -89,6 +113,8 @@ def _check_fit(config: Config, facts: "ModelFacts") -> None:
     _check_layers(config.layers, facts.layers)
     _check_heads(config, facts.head_dim)
     _check_window(config.attention, facts.max_position)
+    allowed = f"0 to {facts.max_position}, the model's positions"
+    _require(config.attention.pairs <= facts.max_position, "attention.pairs", config.attention.pairs, allowed)
 
 
 def check_reach(measured: EvalBudget, positions: int) -> None:
@@ -168,7 +194,41 @@ def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
         raise bad_value(field, value, allowed)
 
 
+def _check_numbers(node: object, key: str = "") -> None:
+    """Every float of a config is finite, also where nothing else bounds it."""
+    if isinstance(node, float):
+        _require(abs(node) <= LARGEST, key, node, f"a finite number of at most {LARGEST:g}")
+    elif isinstance(node, list):
+        for item in node:
+            _check_numbers(item, key)
+    elif isinstance(node, dict):
+        for name, item in node.items():
+            _check_numbers(item, f"{key}.{name}")
+    elif is_dataclass(node):
+        for field in fields(node):
+            _check_numbers(getattr(node, field.name), f"{key}.{field.name}".lstrip("."))
+
+
+def _check_read(config: Config, groups: tuple[str, ...]) -> None:
+    """Refuse a value that the chosen option of its group would not read; the group's default may stand."""
+    if config.resume is not None:  # that run began, and what it never read changes no figure
+        return
+    for group in groups:
+        chooser, readers = READ_BY[group]
+        node = getattr(config, group)
+        chosen, default = getattr(node, chooser), type(node)()
+        if chosen not in choices(group):  # refused by its own name
+            continue
+        for name, options in readers.items():
+            value = getattr(node, name)
+            needed = " or ".join(f"{group}={option}" for option in options)
+            allowed = f"{getattr(default, name)!r} beside {group}={chosen}, since it needs {needed}"
+            unread = chosen not in options and value != getattr(default, name)
+            _require(not unread, f"{group}.{name}", value, allowed)
+
+
 def _check_run(config: Config) -> None:
+    _check_numbers(config)
     _one_of("precision", config.precision, PRECISIONS)
     _one_of("kernels.backend", config.kernels.backend, BACKENDS)
     stages = config.stages
@@ -248,7 +308,9 @@ def _check_names(config: Config) -> None:
     UPDATES.get(attention.update)
     SCORES.get(attention.pairs_score)
     rest = config.layers.rest
-    if rest != "keep" and ":" not in rest:
+    if ":" in rest:
+        VARIANTS.get(rest, "layers.rest")
+    elif rest != "keep":
         _one_of("layers.rest", rest, ("keep", *VARIANTS.names()))
     if issubclass(variant, BlockMixer):
         variant.check(attention)

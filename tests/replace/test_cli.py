@@ -173,6 +173,47 @@ BAD = [
     ([*TINY, "data=hf"], "data.path", "None", "hub data set"),
     ([*TINY, "source=nowhere"], "from", "nowhere", "the folder of a run"),
     (["resume=nowhere"], "resume", "nowhere", "the folder of a run"),
+    # What the chosen option of a group does not read.
+    ([*TINY, "data.path=/nope"], "data.path", "/nope", "needs data=files or data=hf"),
+    ([*TINY, "data.name=en"], "data.name", "en", "needs data=hf"),
+    ([*TINY, "data.text_field=body"], "data.text_field", "body", "needs data=files or data=hf"),
+    ([*TINY, "model.id=a/b"], "model.id", "a/b", "needs model=hf"),
+    ([*TINY, "model.path=/nope"], "model.path", "/nope", "needs model=local"),
+    (["+exp=infini", "model.family=gpt2"], "model.family", "gpt2", "needs model=tiny"),
+    ([*TINY, "layers.indices=[99]"], "layers.indices", "[99]", "needs layers=list"),
+    ([*TINY, "layers.k=-3"], "layers.k", "-3", "needs layers=every or layers=first"),
+    ([*TINY, "logger.project=mine"], "logger.project", "mine", "needs logger=wandb"),
+    # Names that import something else, or nothing.
+    ([*TINY, "attention.name=json:dumps"], "attention.name", "json:dumps", "a subclass of Module"),
+    ([*TINY, "attention.name=json:JSONDecoder"], "attention.name", "JSONDecoder", "a subclass of Module"),
+    ([*TINY, "attention.feature_map=json:dumps"], "attention.feature_map", "dumps", "of FeatureMap"),
+    ([*TINY, "attention.feature_map=torch.nn:GELU"], "attention.feature_map", "GELU", "of FeatureMap"),
+    ([*TINY, "attention.pairs_score=json:dumps"], "attention.pairs_score", "dumps", "a subclass of Score"),
+    ([*TINY, "attention.update=json:dumps"], "attention.update", "dumps", "a function called as ours"),
+    ([*TINY, "attention.name=replace.attention.infini:Other"], "attention.name", "Other", "Infini"),
+    ([*TINY, "layers.rest=json:dumps"], "layers.rest", "json:dumps", "a subclass of Module"),
+    # Numbers that are none.
+    ([*TINY, "attention.scale=inf"], "attention.scale", "inf", "a finite number"),
+    ([*TINY, "attention.scale=nan"], "attention.scale", "nan", "a finite number"),
+    ([*TINY, "attention.gate_init=nan"], "attention.gate_init", "nan", "a finite number"),
+    ([*TINY, "attention.gate_init=-inf"], "attention.gate_init", "-inf", "a finite number"),
+    ([*TINY, "attention.gate_init=1e300"], "attention.gate_init", "1e+300", "a finite number"),
+    ([*TINY, "attention.clamp=inf"], "attention.clamp", "inf", "a finite number"),
+    ([*TINY, "stage.lr_gate=nan"], "stage.lr_gate", "nan", "a finite number"),
+    ([*TINY, "stage.clip=inf"], "stage.clip", "inf", "a finite number"),
+    ([*TINY, "eval.niah_depths=[0,nan]"], "eval.niah_depths", "nan", "a finite number"),
+    (
+        [*TINY, "attention.pairs=100000000"],
+        "attention.pairs",
+        "100000000",
+        "0 to 4096, the model's positions",
+    ),
+    # Families that cannot be tried.
+    *(
+        ([*TINY, f"model.family={family}", f"dry_run={dry}"], "model.family", family, "a ")
+        for family in ("t5", "clip", "bert", "mamba", "gpt_neo", "xlnet")
+        for dry in ("true", "false")
+    ),
     (["resume=nowhere", "--multirun"], "argument", "--multirun", "resume="),
 ]
 
@@ -223,6 +264,36 @@ def test_a_file_that_is_no_text_is_refused(
 ) -> None:
     Path(name).write_bytes(content)
     assert said in refused(capsys, *TINY, "data=files", f"data.path={name}")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        (":", "", "ValueError"),
+        (".foo:Bar", "", "TypeError"),
+        ("nowhere_at_all:Bar", "", "No module named"),
+        ("own_syntax:Bar", "def (:\n", "SyntaxError"),
+        ("own_raises:Bar", "raise RuntimeError('on the\\nway')\n", "RuntimeError: on the way"),
+        ("own_ends:Bar", "import sys\nsys.exit(3)\n", "SystemExit: 3"),
+    ],
+)
+@pytest.mark.parametrize("field", ["attention.name", "attention.feature_map"])
+def test_a_module_that_cannot_be_imported_is_a_sentence(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, field: str, name: str, content: str,
+    said: str,
+) -> None:  # fmt: skip
+    if content:
+        Path(f"{name.partition(':')[0]}.py").write_text(content)
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    sentence = refused(capsys, *TINY, f"{field}='{name}'")
+    assert f"{field}={name!r} cannot be imported: " in sentence
+    assert said in sentence
+
+
+def test_a_resumed_run_may_hold_what_it_never_read() -> None:
+    config = compose([*TINY, "layers.k=7"])
+    config.resume = "run"
+    validation.validate(config)
 
 
 @pytest.mark.parametrize("family", validation.NOT_CAPTURED)
