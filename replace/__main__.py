@@ -11,7 +11,13 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
+
+from replace.interrupt import CODE, end_quietly
+
+if __name__ == "__main__":
+    end_quietly()  # the imports below take a second
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -34,7 +40,7 @@ from replace.compose import (
     typed,
 )
 from replace.config import Config
-from replace.errors import UserError, bad_value
+from replace.errors import UserError, bad_value, quoted, resume_argument
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +72,22 @@ FLAGS = {
     *("-sc", "--shell-completion", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir"),
     *("-i", "--info", "--experimental-rerun"),
 }
+FOLDERS = {
+    "hydra.run.dir": "a folder for the run",
+    "hydra.sweep.dir": "a folder for the runs",
+    "resume": "the folder of a run",
+    "source": "the folder of a run",
+}
 # What a resumed run may be told anew: none of it changes a figure.
 FREE_ON_RESUME = ("verbose", "logger", "threads", "dry_run")
+
+
+class JobErrors(UserError):
+    """What is wrong with several jobs of a multirun, each named by its overrides."""
+
+    def __init__(self, errors: list[UserError]) -> None:
+        super().__init__(" ".join(map(str, errors)))
+        self.errors = errors
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,11 +101,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, HydraException, OmegaConfBaseException, OSError) as error:
         if _is_verbose(arguments):
             traceback.print_exc()
-        print(f"error: {_sentence(error, arguments)}", file=sys.stderr)
+        for one in error.errors if isinstance(error, JobErrors) else [error]:
+            print(f"error: {_sentence(one, arguments)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("error: interrupted; `python -m replace resume=<run folder>` continues.", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interrupt:
+        # A run says where it stands; before there is one, nothing can be continued.
+        said = interrupt.args[0] if interrupt.args else "interrupted before a run began."
+        print(f"error: {said}", file=sys.stderr)
+        return CODE
 
 
 def _run(arguments: list[str]) -> int:
@@ -94,12 +117,48 @@ def _run(arguments: list[str]) -> int:
         if flag not in MULTIRUN and flag not in FLAGS:
             raise bad_value("argument", flag, "key=value, or a flag that --hydra-help lists")
     if not flags:
+        _refuse_empty(arguments)
         return _run_one(arguments)
     if any(argument.startswith("resume=") for argument in arguments):
         raise bad_value("argument", flags[0], "no flags beside resume=")
     if all(flag in MULTIRUN for flag in flags):
-        refuse_unknown([argument for argument in arguments if not argument.startswith("-")])
+        return _launch(arguments, None, _checked_jobs([a for a in arguments if a not in MULTIRUN]))
     return _launch(arguments, None)
+
+
+def _checked_jobs(overrides: list[str]) -> list[str]:
+    """The names of a multirun's jobs, each of which was validated, in the order in which Hydra runs them.
+
+    Raises:
+        JobErrors: some of them are not possible.
+    """
+    refuse_unknown(overrides)
+    _refuse_empty(overrides)
+    choices_of = []
+    for override in parse(overrides):
+        if override.is_sweep_override():
+            choices_of.append([f"{override.get_key_element()}={v}" for v in override.sweep_string_iterator()])
+        else:
+            choices_of.append([str(override.input_line)])
+    names, errors = [], []
+    for job in product(*choices_of):
+        swept = [word for word, among in zip(job, choices_of, strict=True) if len(among) > 1]
+        names.append(" ".join(swept or job))
+        try:
+            _validate(compose(job))
+        except UserError as error:
+            errors.append(UserError(f"The job {names[-1]}: {error}"))
+    if errors:
+        raise JobErrors(errors)
+    return names
+
+
+def _refuse_empty(overrides: list[str]) -> None:
+    """Refuse a folder without a name, which would be the one that the command was started in."""
+    for override in parse(overrides):
+        key, value = override.key_or_group, override.value()
+        if key in FOLDERS and isinstance(value, str) and not value.strip():
+            raise bad_value("from" if key == "source" else key, value, FOLDERS[key])
 
 
 def _run_one(overrides: list[str]) -> int:
@@ -112,9 +171,9 @@ def _run_one(overrides: list[str]) -> int:
     return _launch(overrides, resumed)
 
 
-def _launch(arguments: list[str], resumed: Config | None) -> int:
-    """Let Hydra compose, make the run's folder and call the pipeline; once for each job of a multirun."""
-    failures: list[Exception] = []
+def _launch(arguments: list[str], resumed: Config | None, jobs: Sequence[str] = ()) -> int:
+    """Let Hydra compose, make the run's folder and call the pipeline; once for each of the jobs, if any."""
+    failures: list[UserError] = []
 
     def task(composed: DictConfig) -> None:
         # Kept, not raised: Hydra would print a line of its own before it passes an error on.
@@ -132,14 +191,26 @@ def _launch(arguments: list[str], resumed: Config | None) -> int:
 
             run(config, folder)
         except (UserError, OSError) as error:
-            failures.append(error)
+            sentence = _sentence(error, arguments)
+            # The root logger writes to run.log only; the console gets the sentence at the end.
+            logging.getLogger().error(sentence)
             log.debug("The run failed.", exc_info=error)
+            whose = f"The job {jobs[HydraConfig.get().job.num]}: " if jobs else ""
+            failures.append(UserError(whose + sentence))
+            failures[-1].__cause__ = error
+        except KeyboardInterrupt as interrupt:
+            said = "interrupted before the run began."
+            folder = Path(HydraConfig.get().runtime.output_dir)
+            if (folder / "config.json").exists():
+                said = f"interrupted; `python -m replace {resume_argument(folder)}` continues."
+            logging.getLogger().error(said)
+            raise KeyboardInterrupt(said) from interrupt
 
     register()
     with _hydra_process(arguments):
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)()
     if failures:
-        raise failures[0]
+        raise JobErrors(failures) if len(failures) > 1 else failures[0]
     return 0
 
 
@@ -192,13 +263,7 @@ def _resumed(overrides: list[str]) -> tuple[Config | None, list[str]]:
                 raise bad_value(name, mine, f"{theirs!r}, as in the run to resume (or leave it out)")
     config.resume = str(run)
     # The run's own .hydra stays as it was; the log is continued.
-    return config, [f"hydra.run.dir={_quoted(run)}", "hydra.output_subdir=null"]
-
-
-def _quoted(path: Path) -> str:
-    """A path as Hydra's grammar takes it, whatever signs it holds."""
-    escaped = str(path).replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
+    return config, [f"hydra.run.dir={quoted(run)}", "hydra.output_subdir=null"]
 
 
 @contextmanager

@@ -1,6 +1,9 @@
 """The one exception a person is meant to read: a sentence with the field, the value, what is allowed."""
 
+import re
+import shlex
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -17,3 +20,15 @@ def bad_value(field: str, value: object, allowed: str | Iterable[object]) -> Use
     """
     words = allowed if isinstance(allowed, str) else "one of " + ", ".join(str(item) for item in allowed)
     return UserError(f"{field}={value!r} is not possible; allowed: {words}.")
+
+
+def quoted(path: Path) -> str:
+    """A path as Hydra's grammar takes it, whatever signs it holds."""
+    escaped = str(path).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def resume_argument(folder: Path) -> str:
+    """`resume=<folder>` as a person can type it into a shell."""
+    plain = re.fullmatch(r"[\w./-]+", str(folder))
+    return shlex.quote(f"resume={folder if plain else quoted(folder)}")

@@ -15,6 +15,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from replace.interrupt import CODE, end_quietly
+
+if __name__ == "__main__":
+    end_quietly()  # the imports below take a second
+
 from replace.compose import compose, normalise
 from replace.config import Config
 from replace.errors import UserError, bad_value
@@ -49,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("error: interrupted; nothing was kept, so the same command starts anew.\n")
+        return CODE
 
 
 def _switches(arguments: Sequence[str]) -> tuple[dict[str, bool], list[str]]:

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import subprocess
 import sys
 import types
@@ -67,6 +68,7 @@ BAD = [
     (["+exp=infini", "seed"], "argument", "seed", "key=value"),
     (["+exp=infini", "seed='"], "argument", "seed='", "key=value"),
     (["+exp=infini", "seed=1,2"], "seed", "1,2", "--multirun"),
+    (["+exp=infini", "budget=glob(s*)", "--multirun"], "budget", "glob(s*)", "with commas"),
     (["--json"], "argument", "--json", "key=value"),
     ([*TINY, "attention.name=softmax"], "attention.name", "softmax", "infini"),
     (
@@ -208,7 +210,11 @@ BAD = [
         "100000000",
         "0 to 4096, the model's positions",
     ),
-    # Families that cannot be tried.
+    # Folders without a name, and families that cannot be tried.
+    (["resume="], "resume", "", "the folder of a run"),
+    ([*TINY, "hydra.run.dir="], "hydra.run.dir", "", "a folder for the run"),
+    ([*TINY, "from="], "from", "", "the folder of a run"),
+    ([*TINY, "--multirun", "hydra.sweep.dir=''"], "hydra.sweep.dir", "", "a folder for the runs"),
     *(
         ([*TINY, f"model.family={family}", f"dry_run={dry}"], "model.family", family, "a ")
         for family in ("t5", "clip", "bert", "mamba", "gpt_neo", "xlnet")
@@ -387,6 +393,61 @@ def test_a_multirun_is_one_run_a_value(calls: list[tuple[Config, Path]]) -> None
     assert main(["--multirun", *TINY, "seed=1,2"]) == 0
     assert [config.seed for config, _ in calls] == [1, 2]
     assert len({folder for _, folder in calls}) == 2
+
+
+def test_a_multirun_starts_only_if_every_job_is_possible(
+    calls: list[tuple[Config, Path]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--multirun", *TINY, "seed=1,2", "attention.window=32,33"]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert [line.partition(" is not possible")[0] for line in lines] == [
+        f"error: The job seed={seed} attention.window=33: attention.window=33" for seed in (1, 2)
+    ]
+    assert not calls
+    assert not list(Path().iterdir())
+
+
+def test_every_job_of_a_multirun_that_fails_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(config: Config, folder: Path) -> None:
+        if config.seed != 2:
+            raise UserError(f"Seed {config.seed} is no good.")
+
+    stand_in(monkeypatch, fails)
+    assert main(["-m", *TINY, "seed=1,2,3"]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert said == [f"error: The job seed={seed}: Seed {seed} is no good." for seed in (1, 3)]
+
+
+def test_an_interrupted_run_says_how_it_is_continued(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(config: Config, folder: Path) -> None:
+        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+        raise KeyboardInterrupt
+
+    stand_in(monkeypatch, interrupted)
+    assert main([*TINY, "hydra.run.dir=my run"]) == 130
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    words = shlex.split(re.search(r"`(.*)`", said)[1])  # type: ignore[index]
+    assert said[7:].strip() in Path("my run/run.log").read_text()
+    assert words[:3] == ["python", "-m", "replace"]
+    assert main(words[3:]) == 130
+
+
+def test_the_log_holds_what_ended_the_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(config: Config, folder: Path) -> None:
+        raise UserError("No good.")
+
+    stand_in(monkeypatch, fails)
+    assert main([*TINY, "hydra.run.dir=run"]) == 2
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("", "error: No good.\n")
+    assert Path("run/run.log").read_text().endswith("ERROR root: No good.\n")
 
 
 @pytest.mark.parametrize("name", ["run", "a run, with (odd) 'signs' = {x}"])

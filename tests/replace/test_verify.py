@@ -135,6 +135,19 @@ def test_bad_input_is_one_sentence(
     assert said in line
 
 
+def test_an_interrupt_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("replace.loading.load_model", interrupted)
+    assert main(SMALL) == 130
+    said = capsys.readouterr().err
+    assert said.startswith("error: interrupted")
+    assert said.count("\n") == 1
+
+
 def test_bare_says_how_to_start(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert "python -m replace.verify model=smollm2" in capsys.readouterr().out
