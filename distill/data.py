@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from replace.config import Config, StageBudget
-from replace.corpora import Document, blocks
+from replace.corpora import Document, blocks, token_ids
 from replace.episodes import HAYSTACKS, KINDS, HaystackSource, haystack, make_episode
+from replace.errors import bad_value
 
 
 @dataclass
@@ -29,6 +30,27 @@ class Batch:
     input_ids: Tensor
     answers: Tensor
     padding: Tensor | None = None
+
+
+def check_text(documents: list[Document], tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
+    """Refuse text that is too short for a row of a stage that will run.
+
+    Raises:
+        UserError: no training document has the tokens of the longest row.
+    """
+    lengths = {number: getattr(config.budget, f"stage{number}") for number in config.stages}
+    lengths = {number: budget.length for number, budget in lengths.items() if budget.tokens}
+    if not lengths:
+        return
+    train = [document for document in documents if document.split == "train"]
+    longest = max(map(len, token_ids(train, tokenizer)), default=0)
+    number = max(lengths, key=lambda number: lengths[number])
+    if longest < lengths[number]:
+        data = config.data
+        field, value = ("data", data.kind) if data.path is None else ("data.path", data.path)
+        allowed = f"text with a training document of at least {lengths[number]} tokens, a row of "
+        allowed += f"budget.stage{number}.length (the longest has {longest})"
+        raise bad_value(field, value, allowed)
 
 
 class Mixture:

@@ -16,7 +16,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -86,12 +86,31 @@ def load_config(run: Path, field: str) -> Config:
         raise bad_value(field, str(run), "the folder of a run, which holds a config.json")
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
+        lacking = _lacking(Config, stored)
+        if lacking:
+            words = f"{', '.join(lacking[:6])}{f' and {len(lacking) - 6} more' if len(lacking) > 6 else ''}"
+            raise bad_value(field, str(run), f"a run of this version; its {file.name} lacks {words}")
         merged = OmegaConf.merge(OmegaConf.structured(Config), stored)
         return typed(merged)  # type: ignore[arg-type]  # a DictConfig
     except (OSError, ValueError, OmegaConfBaseException) as error:
         raise bad_value(
             field, str(run), f"a run of this version; {file.name} does not fit: {_flat(error)}"
         ) from error
+
+
+def _lacking(kind: type, stored: object, prefix: str = "") -> list[str]:
+    """The dotted fields of the dataclass `kind` that a stored config does not have."""
+    if not isinstance(stored, dict):
+        return []  # merging refuses it
+    found = []
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        key = f"{prefix}{field.name}"
+        if field.name not in stored:
+            found.append(key)
+        elif dataclasses.is_dataclass(hints[field.name]):
+            found += _lacking(hints[field.name], stored[field.name], f"{key}.")
+    return found
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:
@@ -170,6 +189,8 @@ def _refused(override: Override) -> UserError | None:
         return None
     if override.is_delete():
         return bad_value("argument", written, "key=value; nothing can be deleted")
+    if override.value_type in (ValueType.GLOB_CHOICE_SWEEP, ValueType.INTERVAL_SWEEP):
+        return bad_value(key, override.get_value_string(), "one value, or several with commas in a multirun")
     values = list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
     if key in GROUPS:
         hint = "; for single layers layers=list layers.indices=[3,9,15]" if key == "layers" else ""

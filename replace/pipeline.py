@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicCache
 
 from distill.checkpoint import load_stage
 from distill.continued import continued_stage
-from distill.data import Mixture
+from distill.data import Mixture, check_text
 from distill.stages import Stage, check_head, language_stage, transfer_stage
 from distill.trainer import train
 from eval.ablation import mixers as mixers_of
@@ -38,7 +38,7 @@ from replace.corpora import Document, load_documents, provenance_of
 from replace.errors import UserError
 from replace.export.write import export
 from replace.files import atomic_write
-from replace.loading import Loaded, load_model
+from replace.loading import Loaded, load_model, load_tokenizer
 from replace.logger import Logger, NoLogger, open_logger
 from replace.machine import device_of_choice, keep_freed_memory
 from replace.precision import autocast
@@ -62,6 +62,7 @@ def run(config: Config, run_dir: Path) -> dict:
     """
     prepare(config, run_dir)
     documents = load_documents(config.data)  # first: a mistake in the text should not wait for the model
+    check_text(documents, load_tokenizer(config.model), config)
     loaded = load_model(config.model)
     model = loaded.model.to(device_of_choice())  # type: ignore[arg-type]  # transformers' decorated `to`
     _write_provenance(run_dir, config, loaded, documents)

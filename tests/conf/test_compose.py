@@ -124,6 +124,17 @@ def test_a_config_that_is_none_is_refused(tmp_path: Path, content: str) -> None:
         load_config(tmp_path, "resume")
 
 
+def test_a_config_of_an_older_version_says_what_it_lacks(tmp_path: Path) -> None:
+    stored = dataclasses.asdict(compose(["+exp=infini"]))
+    del stored["seed"], stored["attention"]["pairs"], stored["budget"]["eval"]["episodes"]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(UserError, match=r"lacks attention\.pairs, budget\.eval\.episodes, seed\."):
+        load_config(tmp_path, "resume")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"resume=.* lacks model, attention, .* and \d+ more\."):
+        load_config(tmp_path, "resume")
+
+
 def test_defaults_of_the_dataclasses_are_one_kind_of_run() -> None:
     validate(Config(), SMOLLM2)
 

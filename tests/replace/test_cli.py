@@ -302,6 +302,22 @@ def test_a_resumed_run_may_hold_what_it_never_read() -> None:
     validation.validate(config)
 
 
+def test_text_without_a_whole_row_is_refused_before_the_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from replace import pipeline
+
+    Path("short.txt").write_text("The grass is green and the sky is blue. " * 90)
+    monkeypatch.setattr(pipeline, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    config = compose([*TINY, "data=files", "data.path=short.txt", "budget.stage2.length=1024"])
+    said = r"data\.path='short\.txt' .* 1024 tokens, .*budget\.stage2\.length \(the longest has \d+\)"
+    with pytest.raises(UserError, match=said):
+        pipeline.run(config, Path("run"))
+    config.stages = [1]  # its rows are shorter, and there is text enough
+    with pytest.raises(pytest.fail.Exception, match="a model was loaded"):
+        pipeline.run(config, Path("other"))
+
+
 @pytest.mark.parametrize("family", validation.NOT_CAPTURED)
 def test_a_family_that_cannot_be_captured_is_refused_by_name(family: str) -> None:
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -71,6 +72,15 @@ def test_no_network_is_one_sentence(own_cache):
         fetch_wheel("nothing-here", "1.0", "0" * 64)
     assert "\n" not in str(error.value)
     assert list((cache_dir() / "wheels").iterdir()) == []
+
+
+def test_a_full_disk_is_not_blamed_on_the_network(own_cache, monkeypatch):
+    said = "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device\n"
+    ended = subprocess.CompletedProcess([], 1, "", said)
+    monkeypatch.setattr(wheels.subprocess, "run", lambda *_, **__: ended)
+    with pytest.raises(UserError, match=r"no space is left .*LAYER_REPLACE_CACHE") as error:
+        fetch_wheel("nothing-here", "1.0", "0" * 64)
+    assert "network" not in str(error.value)
 
 
 def test_an_environment_without_pip_is_one_sentence(own_cache, monkeypatch):
