@@ -8,11 +8,17 @@ nothing is taken over, since its figures could not be compared.
 
 import logging
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Any
+
+from replace.interrupt import CODE, end_quietly
+
+if __name__ == "__main__":
+    end_quietly()  # the imports below take seconds
 
 import torch
 
@@ -27,7 +33,7 @@ from replace.compose import choices, compose, load_config
 from replace.config import Config, DataConfig, ModelConfig
 from replace.console import Console
 from replace.errors import UserError, bad_value
-from replace.loading import load_model
+from replace.loading import Loaded, load_model
 from replace.validation import check_reach
 
 logger = logging.getLogger(__name__)
@@ -62,6 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         sys.stderr.write(f"error: {_sentence(error)}\n")
         return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("error: interrupted; nothing was written, so the same command starts anew.\n")
+        return CODE
     sys.stdout.write(f"{folder / 'report.md'}\n")
     return 0
 
@@ -122,7 +131,7 @@ def evaluate(options: dict[str, str]) -> Path:
         recorded = read_metrics(source) if (source / FILE).is_file() else None
         model, tokenizer = replace.load(source)
     else:
-        loaded = load_model(config.model)
+        loaded = _loaded(config.model)
         model, tokenizer = loaded.model, loaded.tokenizer
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if positions is not None:
@@ -225,13 +234,24 @@ def _teacher(config: Config, using: Yardstick) -> dict:
     return measure(model, loaded.tokenizer, config, phase="teacher", final=False, using=using, plan=nothing)
 
 
-def _folder(options: dict[str, str], default: Path) -> Path:
-    """The folder to write to, made now, so that an unwritable one is found before anything is measured."""
-    folder = Path(options["out"]).expanduser() if "out" in options else default
+def _loaded(model: ModelConfig) -> Loaded:
+    """The model of `model=`; a refusal names this command's keys instead of those of a run."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
+        return load_model(model)
+    except UserError as error:
+        sentence = str(error)
+        for theirs, ours in (("model.trust_remote_code", "trust_remote_code"), ("model.path=", "model=")):
+            sentence = sentence.replace(theirs, ours)
+        raise UserError(sentence.replace("model.id=", "model=")) from error
+
+
+def _folder(options: dict[str, str], default: Path) -> Path:
+    """The folder to write to; an unwritable one is found before anything is measured, and nothing is left."""
+    folder = Path(options["out"]).expanduser() if "out" in options else default
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
     except OSError as error:
         raise bad_value("out", str(folder), f"a folder that can be written ({error.strerror})") from error
     return folder

@@ -9,7 +9,7 @@ import transformers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from replace.convert import SwapSpec
-from replace.errors import UserError, bad_value
+from replace.errors import UserError, bad_value, resume_argument
 from replace.export.modeling import convert
 from replace.export.write import PREFIX, config_class
 
@@ -63,6 +63,11 @@ def _read_config(folder: Path, given: Path | str) -> dict:
         saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise bad_value("run", str(given), ALLOWED) from error
+    if {"stages", "budget"} <= set(saved):  # the config of a run, whose export would lie beside it
+        raise UserError(
+            f"run={str(given)!r} is unfinished: it has no model yet; "
+            f"`python -m replace {resume_argument(folder)}` continues it."
+        )
     if not {"replacement", "architectures", "auto_map"} <= set(saved):
         raise bad_value("run", str(given), f"{ALLOWED}; this is another model's")
     return saved

@@ -1,5 +1,8 @@
 """`python -m eval`: the same schema for any model; a mistake is one sentence and exit code 2."""
 
+import dataclasses
+import json
+import os
 import random
 import re
 import subprocess
@@ -165,6 +168,58 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(["model=tiny", f"out={tmp_path / 'file' / 'x'}"]) == 2
     assert "error: out=" in capsys.readouterr().err
+
+
+def test_an_unfinished_run_says_how_it_is_continued(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(compose(["+exp=infini"]))))
+    assert main([f"run={tmp_path}"]) == 2
+    said = capsys.readouterr().err
+    assert f"run={str(tmp_path)!r} is unfinished" in said
+    assert f"`python -m replace resume={tmp_path}` continues it." in said
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_folder_with_its_own_code_names_this_command_s_key(finished, capsys, monkeypatch):
+    monkeypatch.chdir(finished)
+    assert main(["model=run/model", "out=refused"]) == 2
+    said = capsys.readouterr().err
+    assert "only if trust_remote_code=true" in said
+    assert "error: model='run/model'" in said
+    assert "model.trust" not in said
+    assert not (finished / "refused").exists()
+
+
+def test_a_refused_evaluation_leaves_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["model=tiny", "data=nowhere.txt"]) == 2
+    assert main(["model=nowhere/at/all", "out=there/it/is"]) == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupt_is_one_sentence(tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("eval.__main__.load_model", interrupted)
+    assert main(["model=tiny", f"out={tmp_path / 'out'}"]) == 130
+    said = capsys.readouterr().err
+    assert said.startswith("error: interrupted")
+    assert said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("module", ["eval", "replace", "replace.verify"])
+def test_an_interrupt_while_modules_are_imported_is_one_sentence(module, tmp_path):
+    """As if Ctrl-C came while hydra or torch is imported."""
+    for name in ("torch", "hydra"):
+        (tmp_path / f"{name}.py").write_text("raise KeyboardInterrupt\n")
+    paths = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    ended = subprocess.run(
+        [sys.executable, "-m", module, "model=tiny"],
+        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths},
+    )  # fmt: skip
+    assert (ended.returncode, ended.stdout) == (130, "")
+    assert ended.stderr == "error: interrupted before anything was begun.\n"
 
 
 def test_verbose_shows_the_traceback():
