@@ -1,9 +1,14 @@
 """What holds for all tests."""
 
+import logging
 import os
+from collections.abc import Iterator
 
+import pytest
 import torch
 from hypothesis import settings
+
+from replace.console import Console
 
 # How long an example takes says how busy the machine is, not whether the property holds.
 settings.register_profile("patient", deadline=None)
@@ -13,3 +18,11 @@ settings.load_profile("patient")
 # is set here, before any test is.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def quiet_afterwards() -> Iterator[None]:
+    """A command that a test runs in this process leaves its console handler to no other test."""
+    yield
+    root = logging.getLogger()
+    root.handlers[:] = [handler for handler in root.handlers if not isinstance(handler, Console)]
