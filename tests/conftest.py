@@ -24,5 +24,6 @@ if not torch.cuda.is_available():
 def quiet_afterwards() -> Iterator[None]:
     """A command that a test runs in this process leaves its console handler to no other test."""
     yield
-    root = logging.getLogger()
-    root.handlers[:] = [handler for handler in root.handlers if not isinstance(handler, Console)]
+    for name in (None, "replace", "distill", "eval", "kernels"):
+        log = logging.getLogger(name)
+        log.handlers[:] = [handler for handler in log.handlers if not isinstance(handler, Console)]
