@@ -400,28 +400,28 @@ def _gradients(
             queries = _tile(q, t, H, h, f, rows, F)
             keys = _tile(k, t, G, g, f, write, F)
             weights = tl.dot(queries, tl.trans(keys), weights, input_precision=PRECISION)
-        slopes = tl.zeros([C, C], tl.float32)
+        grad_w = tl.zeros([C, C], tl.float32)
         grad_q = tl.zeros([C, BF], tl.float32)
         for block in range(0, D, BD):
             d = block + tl.arange(0, BD)
-            given = _tile(dout, t, H, h, d, rows, D).to(OPERAND)
-            missing = tl.trans(_tile(y, t, G, g, d, rows, D)).to(OPERAND)
-            slopes = tl.dot(given, missing, slopes, input_precision=PRECISION)
+            flow = _tile(dout, t, H, h, d, rows, D).to(OPERAND)
+            sought = tl.trans(_tile(y, t, G, g, d, rows, D)).to(OPERAND)
+            grad_w = tl.dot(flow, sought, grad_w, input_precision=PRECISION)
             inside = (own_f < F)[:, None] & (d < D)[None, :]
             at = held * (F * D) + own_f[:, None] * D + d[None, :]
-            state = tl.trans(tl.load(states + at, mask=inside, other=0.0)).to(OPERAND)
-            grad_q = tl.dot(given, state, grad_q, input_precision=PRECISION)
-        slopes *= between
+            turned = tl.trans(tl.load(states + at, mask=inside, other=0.0)).to(OPERAND)
+            grad_q = tl.dot(flow, turned, grad_q, input_precision=PRECISION)
+        grad_w *= between
         own_queries = _tile(q, t, H, h, own_f, rows, F)
         if HAS_DECAY:
-            pairs += slopes * weights
+            pairs += grad_w * weights
             grad_q *= kept[:, None]
             rising += tl.sum(own_queries.to(tl.float32) * grad_q, 1)
-        slopes = slopes.to(OPERAND)
-        grad_q = tl.dot(slopes, own_keys.to(OPERAND), grad_q, input_precision=PRECISION)
+        paths = grad_w.to(OPERAND)
+        grad_q = tl.dot(paths, own_keys.to(OPERAND), grad_q, input_precision=PRECISION)
         at = (t[:, None] * H + h) * F + own_f[None, :]
         tl.store(dq + at, grad_q.to(dq.dtype.element_ty), mask=rows[:, None] & (own_f < F)[None, :])
-        grad_k = tl.dot(tl.trans(slopes), own_queries.to(OPERAND), grad_k, input_precision=PRECISION)
+        grad_k = tl.dot(tl.trans(paths), own_queries.to(OPERAND), grad_k, input_precision=PRECISION)
 
     if SCALED:
         scale = norm * _RELATIVE + _ABSOLUTE

@@ -31,12 +31,12 @@ def step(
     Returns:
         `[B, H, D]`, and the state with the token.
     """
-    decay = torch.ones_like(beta) if log_decay is None else log_decay.exp()
+    log_decay = torch.zeros_like(beta) if log_decay is None else log_decay
     if mask is not None:
-        beta, decay = torch.where(mask, beta, 0), torch.where(mask, decay, 1)
+        beta, log_decay = torch.where(mask, beta, 0), torch.where(mask, log_decay, 0)
         k, v = (torch.where(mask.unsqueeze(-1), x, 0) for x in (k, v))
     share = scaled_step(k, beta) if scaled else beta
-    state = decay[..., None, None] * state
+    state = log_decay.exp()[..., None, None] * state
     error = v - torch.einsum("bgf,bgfd->bgd", k, state)
     state = state + torch.einsum("bg,bgf,bgd->bgfd", share, k, error)
     out = torch.einsum("bgrf,bgfd->bgrd", q.unflatten(1, (k.shape[1], -1)), state)

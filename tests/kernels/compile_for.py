@@ -7,6 +7,7 @@ It runs in a process of its own, because under TRITON_INTERPRET=1 there is nothi
 
 import json
 import sys
+from collections.abc import Callable
 
 import torch
 import triton.language as tl
@@ -34,8 +35,15 @@ def pointer(name: str, dtype: str) -> str:
     return {"eps": "fp32", "mask": "*i1"}.get(name, "*fp32")
 
 
-def shared(kernel: object, capability: int, dtype: str, constants: dict, options: dict) -> int:
-    """Compile one kernel; the shared memory it takes."""
+def shared(
+    kernel: object,
+    capability: int,
+    dtype: str,
+    constants: dict,
+    options: dict,
+    pointer: Callable[[str, str], str] = pointer,
+) -> int:
+    """Compile one kernel; the shared memory it takes. `pointer` knows the types of its arguments."""
     names = kernel.arg_names  # type: ignore[attr-defined]
     given = {name: constants[name] for name in names if name in constants}
     types = {name: "constexpr" if name in given else pointer(name, dtype) for name in names}
