@@ -115,6 +115,7 @@ def _check_fit(config: Config, facts: "ModelFacts") -> None:
     _check_window(config.attention, facts.max_position)
     allowed = f"0 to {facts.max_position}, the model's positions"
     _require(config.attention.pairs <= facts.max_position, "attention.pairs", config.attention.pairs, allowed)
+    _check_kernels(config, facts.head_dim)
 
 
 def check_reach(measured: EvalBudget, positions: int) -> None:
@@ -347,6 +348,30 @@ def _check_heads(config: Config, head_dim: int) -> None:
         variant = None if name == "keep" else VARIANTS.get(name)
         if variant is not None and issubclass(variant, BlockMixer):
             variant.check_heads(config.attention, head_dim)
+
+
+def _check_kernels(config: Config, head_dim: int) -> None:
+    """Triton, where it is asked for, runs on this machine and with these features."""
+    from kernels.dispatch import triton_refusal
+    from kernels.linear_attention.op import LARGEST
+    from replace.attention.infini import Infini, operand_dtype
+    from replace.feature_maps import FEATURE_MAPS
+    from replace.machine import device_of_choice
+    from replace.mixer import VARIANTS
+    from replace.precision import dtype_of
+
+    if config.kernels.backend != "triton":
+        return
+    device, others = device_of_choice(), "auto, chunk, reference"
+    refusal = triton_refusal(device, operand_dtype(dtype_of(config.precision, device), device))
+    _require(refusal is None, "kernels.backend", "triton", f"{others}, since {refusal}")
+    variant = VARIANTS.get(config.attention.name)
+    features = FEATURE_MAPS.get(config.attention.feature_map).features(head_dim)
+    fits = features <= LARGEST or not issubclass(variant, Infini)
+    why = (
+        f"since attention.feature_map={config.attention.feature_map} has {features} features, above {LARGEST}"
+    )
+    _require(fits, "kernels.backend", "triton", f"{others}, {why}")
 
 
 def _refusal(name: str, attention: AttentionConfig) -> str | None:

@@ -17,9 +17,9 @@ before each and y; `_output` then computes all chunks at once. Backward, with S'
 
 `_written_gradients` computes du's first part of all chunks, `_state_gradients` walks backwards, adds the
 second and stores dS' of each chunk, and `_gradients` computes the rest of all chunks. The gradient of a
-token's log decay sums those of all pairs (t, i) with that token in i + 1 .. t, and no pair that cancels, so it
-is exact behind a token that forgets everything. Query heads of a group are summed inside a program and columns
-by blocks in a fixed order, so that equal inputs give equal bits.
+token's log decay sums those of all pairs (t, i) with that token in i + 1 .. t, and no pair that cancels, so
+it is exact behind a token that forgets everything. Query heads of a group are summed inside a program and
+columns by blocks in a fixed order, so that equal inputs give equal bits.
 
 What is stored for the backward, beside inputs, is T/C x F x D states, W `[T, F]`, y `[T, D]`, T `[T, C]` and
 three numbers a token. Helpers and rules of masking are those of `kernels.linear_attention.fused`.
@@ -561,7 +561,7 @@ def forward(
         size, block: as in `plan`.
 
     Returns:
-        out `[B, T, H, D]`, the final state, y `[B, T, G, D]`, W `[B, T, G, F]`, T `[B, T, G, C]`, the steps and
+        out `[B, T, H, D]`, the final state, y `[B, T, G, D]`, W `[B, T, G, F]`, T `[B, T, G, C]`, the steps,
         the decays since the beginning and until the end of the chunk `[3, B, T, G]` (decays of no meaning
         without log_decay), and the states before each chunk `[X, G, F, D]`.
     """

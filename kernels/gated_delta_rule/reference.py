@@ -75,10 +75,12 @@ def gated_delta_rule(
     if cu_seqlens is not None:
         parts = []
         for n, (start, stop) in enumerate(pairwise(cu_seqlens.tolist())):
-            one = [None if x is None else x[:, start:stop] for x in (q, k, v, beta, log_decay, mask)]
-            *tokens, seen = one
+            piece = slice(start, stop)
+            decay = None if log_decay is None else log_decay[:, piece]
+            seen = None if mask is None else mask[:, piece]
             held = None if initial_state is None else initial_state[n : n + 1]
-            parts.append(gated_delta_rule(*tokens, held, seen, scaled=scaled))  # type: ignore[arg-type]
+            tokens = (q[:, piece], k[:, piece], v[:, piece], beta[:, piece])
+            parts.append(gated_delta_rule(*tokens, decay, held, seen, scaled=scaled))
         outs, states = zip(*parts, strict=True)
         return torch.cat(outs, 1), torch.cat(states)
     if mask is not None and mask.ndim == 2:

@@ -51,7 +51,8 @@ _TINY = tl.constexpr(TINY)
 @triton.jit
 def _prepare(
     k, v, gate, mask, weight, counts, bounds, lost, T, NB, G,
-    S: tl.constexpr, F: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, TILES: tl.constexpr, BF: tl.constexpr,
+    S: tl.constexpr, F: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, TILES: tl.constexpr,
+    BF: tl.constexpr,
     BD: tl.constexpr, HAS_GATE: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
     """One block: the weights of its tokens, their sum, how many were lost, and what bounds its mean."""
@@ -105,7 +106,8 @@ def _prepare(
 @triton.jit
 def _limits(
     k, v, weight, counts, bounds, scale, limited, T, NB, G, clamp,
-    S: tl.constexpr, F: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, TILES: tl.constexpr, BF: tl.constexpr,
+    S: tl.constexpr, F: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, TILES: tl.constexpr,
+    BF: tl.constexpr,
     BD: tl.constexpr,
 ):  # fmt: skip
     """One block: by how much its mean update is scaled down, and whether it is.
@@ -717,7 +719,7 @@ def backward(
         dout: `[B, T, H, D]`; dM, dz: the gradients of the final state, or None where it has none.
 
     Returns:
-        dq, dk, dv, dlocal, and in fp32 those of gate `[B, T, H]`, write gate `[B, T, G]` and the initial M, z.
+        dq, dk, dv, dlocal, and in fp32 those of gate `[B, T, H]`, write gate `[B, T, G]`, initial M and z.
     """
     (batch, length, heads, features), (groups, columns) = q.shape, v.shape[2:]
     cut = Cut.of(length, block, lookback)

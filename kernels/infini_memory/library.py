@@ -28,11 +28,10 @@ def forward(
     segments: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `fused.forward`, of tensors with any strides."""
-    given = (q, k, v, local, gate, write_gate, mask, M, z, n)
+    given: list = [*_contiguous(q, k, v, local, gate, write_gate, mask, M, z, n), block, lookback]
     with torch.cuda.device_of(q):
-        return tuple(
-            fused.forward(*_contiguous(*given), block, lookback, clamp, precision, width, segments)  # type: ignore[arg-type]
-        )
+        found: Any = fused.forward(*given, clamp, precision, width, segments)
+        return found
 
 
 @forward.register_fake

@@ -54,12 +54,9 @@ class Infini(MemoryMixer):
         return gate * answer + (1 - gate) * wide(exact)
 
     def _form(self, blocks: Blocks, operator: ModuleType) -> tuple[str, torch.dtype]:
-        """What the operator is to run as, and in which dtype it is given features, values and exact part.
-
-        fp16 is too narrow for features, and Triton's interpreter does not know bf16.
-        """
+        """What the operator is to run as, and in which dtype it is given features, values and exact part."""
         v, name = blocks.v, "infini_memory_step" if blocks.step else "infini_memory"
-        dtype = v.dtype if v.dtype == torch.bfloat16 and v.is_cuda else wide(v[:0]).dtype
+        dtype = operand_dtype(v.dtype, v.device)
         if blocks.step and torch.is_grad_enabled():
             return "chunk", dtype  # one token of a text that is trained on: no case for speed
         refusal = operator.refusal(self.features, self.heads.dim)
@@ -122,6 +119,15 @@ class Infini(MemoryMixer):
         self.nonfinite = self.nonfinite + counters.nonfinite.sum()
         blocks.after = Memory(*state)
         return grouped(wide(out).transpose(1, 2), self.heads, layout.block)
+
+
+def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """In which dtype the operator is given what it reads, where values are in `dtype`.
+
+    fp16 is too narrow for features, and Triton's interpreter, on the CPU, does not know bf16.
+    """
+    kept = dtype == torch.float64 or (dtype == torch.bfloat16 and device.type == "cuda")
+    return dtype if kept else torch.float32
 
 
 def operators() -> ModuleType | None:

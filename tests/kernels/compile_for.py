@@ -14,12 +14,22 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
+from kernels.infini_memory import fused as infini
 from kernels.linear_attention import fused
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-INPUTS = {"q", "k", "v", "out", "dout", "dq", "dk", "dv"}
+INPUTS = {"q", "k", "v", "out", "dout", "dq", "dk", "dv", "local", "answers", "dlocal"}
 STORED = {"states_M", "after_M"}
-SIZES = {"T", "NT", "H", "G", "SEGMENTS", "rows"}
+SIZES = {"T", "NT", "H", "G", "SEGMENTS", "rows", "NS", "NB", "SHIFT", "ROWS"}
+TYPES = {
+    "eps": "fp32",
+    "clamp": "fp32",
+    "mask": "*i1",
+    "totals": "*fp64",
+    "initial_n": "*fp64",
+    "lost": "*i32",
+    "limited": "*i32",
+}
 
 
 def pointer(name: str, dtype: str) -> str:
@@ -32,7 +42,7 @@ def pointer(name: str, dtype: str) -> str:
         return "*i64"
     if name in SIZES:
         return "i32"
-    return {"eps": "fp32", "mask": "*i1"}.get(name, "*fp32")
+    return TYPES.get(name, "*fp32")
 
 
 def shared(
@@ -70,6 +80,21 @@ def main(capability: int, dtype: str, width: int) -> dict[str, int]:
     found["_one_token"] = shared(fused._one_token, capability, dtype, step, {})
     rows = {"D": width, "BD": width, "BR": 16}
     found["_denominator_gradients"] = shared(fused._denominator_gradients, capability, dtype, rows, {})
+    for size in (32, 100):  # two blocks a span, and two tiles a block
+        cut = infini.Cut.of(4 * size, size, 1)
+        own = constants | {"S": size, "P": cut.span, "BT": cut.tile, "TILES": cut.tiles, "BN": 256}
+        own |= dict.fromkeys(("HAS_GATE", "PER_TOKEN"), True) | {"WITHIN": cut.span > size, "BR": 16}
+        for kernel in (infini._prepare, infini._limits, infini._totals):
+            found[f"infini{kernel.__name__} {size}"] = shared(
+                kernel, capability, dtype, own, {"num_warps": 4, "num_stages": 1}
+            )
+        for kernel in (infini._states, infini._output, infini._state_gradients):
+            found[f"infini{kernel.__name__} {size}"] = shared(kernel, capability, dtype, own, options)
+        found[f"infini_gradients {size}"] = shared(infini._gradients, capability, dtype, own, fused.GRADIENTS)
+    found["infini_mix_gradients"] = shared(infini._mix_gradients, capability, dtype, own | {"BD": width}, {})
+    found["infini_one_token"] = shared(
+        infini._one_token, capability, dtype, own | {"BF": width, "BD": 32}, {}
+    )
     return found
 
 

@@ -1,4 +1,4 @@
-"""As `compile_for.py`, of the gated delta rule's kernels: `<compute capability> <bf16 | fp16 | fp32> <F and D>`."""
+"""As `compile_for.py`, of the gated delta rule: `<compute capability> <bf16 | fp16 | fp32> <F and D>`."""
 
 import json
 import sys
@@ -30,7 +30,7 @@ def pointer(name: str, dtype: str) -> str:
 
 def main(capability: int, dtype: str, width: int) -> dict[str, int]:
     """Every kernel, with everything switched on that a packed and masked call with decay switches on."""
-    with mock.patch.object(fused, "_machine", lambda _: (divmod(capability, 10), 1)):
+    with mock.patch.object(fused, "_machine", return_value=(divmod(capability, 10), 1)):
         plan = fused.plan(torch.empty(0, dtype=DTYPES[dtype]), width, width, 0, 0)
     constants = {"F": width, "D": width, "C": plan.size, "BF": plan.block_f, "BD": plan.block_d}
     constants |= dict.fromkeys(SWITCHES, True)

@@ -1,4 +1,4 @@
-"""`gated_delta_rule`: all its forms against the definition, in values and gradients, split, packed and masked."""
+"""`gated_delta_rule`: all its forms against the definition: values, gradients, splits, packing, masks."""
 
 import importlib
 import json
@@ -184,7 +184,7 @@ def _poison() -> Iterator[None]:
 
 
 def transitions(x: Inputs, case: Case) -> tuple[Tensor, Tensor]:
-    """The definition by matrices: S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T, of one row and group."""
+    """One row and group by matrices: S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T."""
     assert x.state is not None
     assert x.log_decay is not None
     state, outs = x.state[0, 0], []
@@ -519,7 +519,7 @@ def test_fla_gets_what_its_functions_take(monkeypatch: pytest.MonkeyPatch) -> No
         want = gated_delta_rule(*tokens, **options, backend="reference")  # type: ignore[arg-type]
         for name, have, truth in zip(("out", "state"), got, want, strict=True):
             assert_close(name, have, truth, 2e-3)
-    with pytest.raises(ValueError, match="it takes fp16 and bf16, not torch.float32"):
+    with pytest.raises(ValueError, match=r"it takes fp16 and bf16, not torch\.float32"):
         gated_delta_rule(*(y.float() for y in tokens if y is not None), backend="fla")
     with pytest.raises(ValueError, match="it shares no keys among heads, and q has 2 where k has 1"):
         gated_delta_rule(x.q.expand(1, 9, 2, 16), *tokens[1:], backend="fla")
