@@ -28,9 +28,10 @@ def forward(
     segments: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `fused.forward`, of tensors with any strides."""
-    given: list = [*_contiguous(q, k, v, local, gate, write_gate, mask, M, z, n), block, lookback]
+    given: list = [*_contiguous(q, k, v, local, gate, write_gate, mask, M, z, n)]
+    given += [block, lookback, clamp, precision, width, segments]
     with torch.cuda.device_of(q):
-        found: Any = fused.forward(*given, clamp, precision, width, segments)
+        found: Any = fused.forward(*given)
         return found
 
 
