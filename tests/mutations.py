@@ -142,7 +142,13 @@ MISTAKES = [
     ),
     Mistake(
         "the gate mixes an empty memory",
-        [(INFINI, 'gate = torch.where(held, gate, 0) if "memory"', 'gate = gate if "memory"')],
+        [
+            (
+                INFINI,
+                "gate = torch.where(held, grouped(gate, self.heads, blocks.layout.block), 0)",
+                "gate = grouped(gate, self.heads, blocks.layout.block)",
+            )
+        ],
         (PROPERTIES, "test_1_everything_exact and infini-token"),
     ),
     Mistake(
@@ -343,8 +349,8 @@ MISTAKES = [
         [
             (
                 MEMORY,
-                "memory_M=self._at(written.M, evicted),",
-                "memory_M=self._at(written.M, evicted).to(blocks.v.dtype),",
+                "memory_M=after.M,",
+                "memory_M=after.M.to(blocks.v.dtype),",
             ),
             (
                 MEMORY,
