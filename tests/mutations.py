@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType
@@ -38,6 +39,8 @@ FAMILIES = (modeling_gpt_neox, modeling_llama, modeling_phi3, modeling_qwen3)
 
 ROOT = Path(__file__).resolve().parent.parent
 PROPERTIES = "tests/replace/test_properties.py"
+RAISED, STILLBORN = 10, 11
+"""Exit codes of a child that ended in an error while it measured, or before."""
 
 # Small blocks, so that a short text shows everything; three of thirty layers.
 SMALL = ["model=smollm2", "layers=every", "layers.k=10", "attention.block=8", "attention.window=8"]
@@ -513,7 +516,7 @@ def start(mistake: Mistake | None, kind: str, setting: str = "") -> Run:
     if process:
         os.close(descriptor)
         return Run(mistake, kind, process, log, setting)
-    code = 3
+    code = STILLBORN
     try:
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
@@ -521,12 +524,17 @@ def start(mistake: Mistake | None, kind: str, setting: str = "") -> Run:
         sys.path.insert(0, str(ROOT))
         if mistake is not None:
             sys.meta_path.insert(0, Planter(changed_sources(mistake)))
-        code = run_tests(mistake) if kind == "tests" else run_verify(setting)
+        if kind == "tests":
+            code = run_tests(mistake)
+        else:
+            measure = prepare_verify(setting)
+            code = RAISED  # from here on an error is verify's answer to the mistake
+            code = measure()
         sys.stdout.flush()
-    except BaseException:  # noqa: BLE001 - whatever it is, the child must end here
-        traceback.print_exc()
+    finally:  # whatever happens, the child must end here
+        if sys.exc_info()[0] is not None:
+            traceback.print_exc()
         sys.stderr.flush()
-    finally:
         os._exit(code)
 
 
@@ -552,8 +560,8 @@ def run_tests(mistake: Mistake | None) -> int:
     return max(codes)
 
 
-def run_verify(setting: str) -> int:
-    """0: every property holds, 1: one fails, at which it stops."""
+def prepare_verify(setting: str) -> Callable[[], int]:
+    """Import and load all; what is returned gives 0 if every property holds, 1 at the first that fails."""
     from replace.choice import layers_of, spec_of
     from replace.compose import compose
     from replace.loading import load_model
@@ -561,11 +569,15 @@ def run_verify(setting: str) -> int:
 
     config = compose(SETTINGS[setting])
     model = load_model(config.model).model
-    for finding in examine(model, spec_of(config, layers_of(model))):
-        if finding.passed is False:
-            print(f"FAILED {finding.property} ({finding.figure:.1e}, limit {finding.limit:.0e})")
-            return 1
-    return 0
+
+    def measure() -> int:
+        for finding in examine(model, spec_of(config, layers_of(model))):
+            if finding.passed is False:
+                print(f"FAILED {finding.property} ({finding.figure:.1e}, limit {finding.limit:.0e})")
+                return 1
+        return 0
+
+    return measure
 
 
 def reason(text: str) -> str:
@@ -613,7 +625,7 @@ def main() -> int:
             word = "as they are" if good else "BROKEN"
         else:
             # Pytest's other codes say that nothing was tested; verify may also end in an error.
-            good = code == 1 or (run.kind == "verify" and code == 3)
+            good = code == 1 or (run.kind == "verify" and code == RAISED)
             word, name = ("caught" if good else "MISSED"), run.mistake.name
             caught[run.kind] += good
         broken += not good

@@ -38,7 +38,7 @@ SINGLE = 1e-2
 """The limit of logits that should be equal, where they are computed in less than fp64."""
 
 ROWS = 3
-QUICK_LENGTH = 96
+QUICK_LENGTH = 72
 
 
 def examine(model: PreTrainedModel, spec: SwapSpec) -> Iterator[Finding]:
