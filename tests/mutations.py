@@ -350,11 +350,7 @@ MISTAKES = [
     Mistake(
         "the memory is kept in the model's dtype",
         [
-            (
-                MEMORY,
-                "memory_M=after.M,",
-                "memory_M=after.M.to(blocks.v.dtype),",
-            ),
+            (MEMORY, "memory_M=after.M,", "memory_M=after.M.to(blocks.v.dtype),"),
             (
                 MEMORY,
                 "return Memory(state.memory_M, state.memory_z, state.memory_n)",
