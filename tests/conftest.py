@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from kernels.dispatch import force
 from replace.console import Console
 
 # How long an example takes says how busy the machine is, not whether the property holds.
@@ -21,9 +22,10 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture(autouse=True)
-def quiet_afterwards() -> Iterator[None]:
-    """A command that a test runs in this process leaves its console handler to no other test."""
+def as_it_was() -> Iterator[None]:
+    """A command that a test runs in this process leaves its console and its form of operators to none."""
     yield
+    force("auto")
     for name in (None, "replace", "distill", "eval", "kernels"):
         log = logging.getLogger(name)
         log.handlers[:] = [handler for handler in log.handlers if not isinstance(handler, Console)]
