@@ -18,6 +18,7 @@ from eval.perplexity import perplexity, tokenise
 from eval.plan import ABLATIONS, NOT_MEASURED, Grid, Plan, clear_tokens, only, plan_for
 from eval.probes import probe
 from eval.speed import decode_speed, kept_bytes
+from eval.stored import kept
 from eval.verdict import recovery, verdict
 from replace.config import Config
 from replace.corpora import PERPLEXITY_BOOKS, Document, load_documents
@@ -98,6 +99,7 @@ def measure(
     final: bool,
     using: Yardstick,
     plan: Plan | None = None,
+    into: dict | None = None,
 ) -> dict:
     """Measure one phase and return its dict in the schema of `eval.metrics`, in the precision of the config.
 
@@ -109,6 +111,7 @@ def measure(
         final: whether it is the last phase, which gets the full grid, all ablations and generation.
         using: from `yardstick`.
         plan: what to measure; by default `eval.plan.plan_for` the budget, narrowed to `config.eval.base`.
+        into: an empty dict to fill, so that a caller keeps what was measured before an interruption.
     """
     if phase not in PHASES:
         raise ValueError(f"{phase!r} is none of {', '.join(PHASES)}")
@@ -116,7 +119,7 @@ def measure(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval().requires_grad_(False)
     seconds: dict[str, float] = {}
-    result: dict = {}
+    result: dict = {} if into is None else into
     try:
         with autocast(config.precision, model.device), cast_once(model, config.precision):
             if plan is None:
@@ -153,7 +156,7 @@ def measure(
                     }
             for name in config.eval.more if final or phase == "teacher" else ():
                 with _timed(seconds, phase, name):
-                    result |= MEASUREMENTS.get(name)(model, tokenizer, config, using)
+                    result |= kept(MEASUREMENTS.get(name))(model, tokenizer, config, using)
     finally:
         model.train(training)
         for parameter in trained:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from eval.ablation import is_replaced
+from eval.stored import kept
 from replace.convert import attention_layers
 
 CHUNK = 1024
@@ -40,6 +41,7 @@ def prefill(model: PreTrainedModel, length: int, *, seed: int = 0, label: str = 
     return cache
 
 
+@kept
 def kept_bytes(model: PreTrainedModel, lengths: list[int]) -> list[dict]:
     """Bytes kept between tokens for one row at each length.
 
@@ -71,6 +73,7 @@ def kept_bytes(model: PreTrainedModel, lengths: list[int]) -> list[dict]:
     return results
 
 
+@kept
 def decode_speed(model: PreTrainedModel, lengths: list[int], *, steps: int = 12) -> list[dict]:
     """Greedy decoding of one row after contexts of each length.
 
