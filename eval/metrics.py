@@ -4,9 +4,13 @@
      "wall_seconds": {"<phase>" | "eval <phase>": seconds},
      "parts": {"replaced", "memory", "pairs", "full_attention": numbers of layers},
      "replaced": [{"layer", "path", "old_class", "new_class", "variant", "parameters", "new_parameters",
-                   "state_bytes", "output": {"mean", "std", "min", "max", "beyond_fp16"}}],
+                   "state_bytes", "magnitude", "scale", "clamp",
+                   "output": {"mean", "std", "min", "max", "beyond_fp16"}}],
      "phases": {"<phase>": a phase}, "recovery": {"<figure>": {"value", "interval"} or with "why"},
-     "verdict": {"memory", "pairs", "memory_and_pairs", "carried_by_full_attention", "details"}}
+     "verdict": {"memory", "pairs", "memory_and_pairs", "carried_by_full_attention", "details"},
+     "items": see eval.stored.items_of, "checklist": see eval.checklist, "notes": [sentences],
+     "command": what gives the figures of an evaluation again,
+     "checkpoint": {"stage", "step" or null} of a run that did not finish}
 
 A phase is one of PHASES and has, as far as it was measured,
 
@@ -18,7 +22,8 @@ A phase is one of PHASES and has, as far as it was measured,
      "layer_outputs": see eval.layer_outputs,
      "speed": {"state": see eval.speed.kept_bytes, "decode": see eval.speed.decode_speed},
      "generation": {"episodes", "exact", "agrees"}, "seconds": {"<measurement>": seconds},
-     "training": {"tokens", "loss_first", "loss_last", "skipped_steps", "clamped", "nonfinite"}}
+     "training": {"tokens", "loss_first", "loss_last", "skipped_steps", "clamped", "nonfinite",
+                  "patterns": {"<of distill.watch>": step at which it was first seen}}}
 
 A phase that did not run is absent. A figure that could not be measured is null, with a "why" beside it.
 """

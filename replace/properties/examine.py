@@ -15,6 +15,7 @@ from replace.config import AttentionConfig
 from replace.convert import SwapSpec, at_rest, attention_layers, mixers, restore, swap
 from replace.errors import UserError, bad_value
 from replace.layer import heads_of
+from replace.memory import MemoryMixer
 from replace.mixer import BlockMixer
 from replace.properties import Finding, distance, found, scatter
 from replace.properties import layer as layer_properties
@@ -94,6 +95,27 @@ def check(model: PreTrainedModel) -> None:
                 f"the replaced model fails {finding.property!r} (measured {finding.figure:.1e}, limit "
                 f"{finding.limit:.0e}): {finding.meaning}; `python -m replace.verify` shows all properties."
             )
+
+
+@torch.no_grad()
+def magnitudes(model: PreTrainedModel) -> dict[int, float]:
+    """How much a replaced layer's answer changes when its keys are doubled, for one layer of each kind.
+
+    Where there is a linear memory it is its features of the keys that are compared. With unit-norm keys
+    (L2 normalisation) this would be 0.
+    """
+    found = {}
+    with _undisturbed(model):
+        for one in _drawn_layers(model):
+            q, k, v, hidden = one.tensors
+            if isinstance(one.mixer, MemoryMixer):
+                place = torch.arange(one.length).expand(q.shape[0], -1)
+                _, doubled = one.mixer.features_of(q, 2 * k, place, one.call.scaling)
+                _, usual = one.mixer.features_of(q, k, place, one.call.scaling)
+                found[one.index] = distance(doubled, usual)
+            else:
+                found[one.index] = distance(one.attend(q, 2 * k, v, hidden), one.attend())
+    return found
 
 
 def length_for(options: list[AttentionConfig], pairs: bool = True) -> int:
