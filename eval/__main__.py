@@ -1,66 +1,103 @@
-"""`python -m eval run=<folder>` measures a run again, `python -m eval model=<folder or id>` any model.
+"""`python -m eval`: measure runs and models, or set them side by side.
 
-It writes the same metrics.json and report.md as a run. With `run=` the phases that only the run itself could
-measure are taken over from its metrics.json, and its last phase is measured anew, from its exported weights;
-a narrower set than quick replaces only the figures that it measures. On other text than the run's (`data=`)
-nothing is taken over, since its figures could not be compared.
+`run=<folder>` measures a run again and `model=<folder or id>` any model; both write the same metrics.json
+and report as a run. With `run=` the figures that are not measured anew are taken over from the run's
+metrics.json, unless `data=` names other text, since such figures could not be compared. Measurements are
+kept by the hash of what they follow from (`eval.stored`), so that a rerun computes only what is missing.
+`compare=` reads the figures of runs and puts them into one table (`eval.compare`).
 """
 
 import logging
+import shlex
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import replace
+from distill.checkpoint import load_last
 from eval.ablation import parts_of
+from eval.checklist import checklist
+from eval.compare import Item, compare, find_items, write_comparison
 from eval.layer_outputs import capture
 from eval.measure import Yardstick, conclude, last_student, measure, probe_rows, yardstick
+from eval.measurements import MEASUREMENTS
 from eval.metrics import FILE, new_metrics, read_metrics, write_metrics
-from eval.plan import clear_tokens_of
-from eval.report import write_report
-from replace.compose import choices, compose, load_config
-from replace.config import Config, DataConfig, ModelConfig
+from eval.plan import Plan, clear_tokens, clear_tokens_of
+from eval.report import read_log, write_report
+from eval.stored import Store, items_of, keeping, vocabulary_hash
+from replace.compose import choices, compose, load_config, overridden
+from replace.config import Config, DataConfig, EvalConfig, ModelConfig
 from replace.console import Console
+from replace.convert import swap
+from replace.corpora import Document, load_documents
 from replace.errors import UserError, bad_value
-from replace.loading import load_model
-from replace.validation import check_reach
+from replace.export.load import load
+from replace.loading import check_memory, load_model, load_tokenizer
+from replace.pipeline import choose
+from replace.precision import autocast, cast_once
+from replace.validation import BASES, check_eval_budget, check_reach
 
 logger = logging.getLogger(__name__)
 
 USAGE = """\
-python -m eval run=<run folder>          measure the model of a run again
-python -m eval model=<folder or hub id>  measure any causal language model
-    out=<folder>           where metrics.json and report.md go; by default <run folder>/eval, or
-                           outputs/eval/<model>/<date and time>
-    eval={sets}
+python -m eval run=<run folder>[,<run folder>...]          measure the model of a run again
+python -m eval model=<folder or hub id>[,...]              measure any causal language model
+python -m eval compare=[<run folder>,<run folder>,<model>] one table of recorded figures, differences to
+                           the first; also the folder of a multirun; runs that differ in the seed only are one
+    out=<folder>           where metrics.json and the report go; by default <run folder>/eval, or
+                           outputs/eval/<model>/<date and time>, or outputs/compare/<date and time>
+    eval=<set>[,<set>...]  {sets}
+    eval.<key>=...         a single option of what is measured; budget.eval.<key>=... how much of it
     data=<file or folder>  text to measure on, instead of the run's or the default books
     budget=<name>          how much is measured, as in `python -m replace`; by default the run's own, or quick
+    cache=false            measure anew what is in the cache
     trust_remote_code=true run the code that a model's folder brings along
     verbose=true           show the traceback of an error
 """
-KEYS = ("run", "model", "out", "eval", "data", "budget", "trust_remote_code", "verbose")
+WHAT = ("run", "model", "compare")
+KEYS = (*WHAT, "out", "eval", "data", "budget", "cache", "trust_remote_code", "verbose")
+SWITCHES = ("cache", "trust_remote_code", "verbose")
+SINGLE = ("eval.", "budget.eval.")
+"""What the keys of single options begin with."""
+NOTHING = Plan(perplexity=False, probes=False, layer_outputs=False)
+
+
+@dataclass
+class Interrupted(Exception):
+    """Ctrl-C while something was measured.
+
+    Attributes:
+        folder: where what was measured before is written; None if there was nothing.
+    """
+
+    folder: Path | None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; the exit code is 0, or 2 after a mistake that one sentence on stderr explains."""
+    """Run the command; the exit code is 0, 2 after a mistake that one sentence explains, 130 after Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help", "help=true"):
-        (sys.stdout if given else sys.stderr).write(USAGE.format(sets="|".join(choices("eval"))))
+        (sys.stdout if given else sys.stderr).write(USAGE.format(sets=" ".join(choices("eval"))))
         return 0 if given else 2
     try:
         options = parse(given)
         _log(options)
-        folder = evaluate(options)
+        for report in run(options):
+            sys.stdout.write(f"{report}\n")
     except (UserError, OSError) as error:
         if "verbose=true" in given:
             raise
         sys.stderr.write(f"error: {_sentence(error)}\n")
         return 2
-    sys.stdout.write(f"{folder / 'report.md'}\n")
+    except (KeyboardInterrupt, Interrupted) as error:
+        folder = getattr(error, "folder", None)
+        kept = f"what was measured is in {folder}" if folder else "nothing is lost"
+        sys.stderr.write(f"error: interrupted; {kept}, and the same command measures only what is missing.\n")
+        return 130
     return 0
 
 
@@ -73,81 +110,171 @@ def parse(arguments: Sequence[str]) -> dict[str, str]:
     options: dict[str, str] = {}
     for argument in arguments:
         key, equals, value = argument.partition("=")
+        key = "trust_remote_code" if key == "model.trust_remote_code" else key
         if not equals or not value:
             raise bad_value("argument", argument, "key=value, such as run=<run folder> or eval=recall")
-        if key not in KEYS:
-            raise bad_value(key, value, f"the keys {', '.join(KEYS)}")
+        if key not in KEYS and not key.startswith(SINGLE):
+            raise bad_value(key, value, f"the keys {', '.join(KEYS)}, eval.<key> and budget.eval.<key>")
         if key in options:
             raise bad_value(key, value, "one value")
         options[key] = value
-    if ("run" in options) == ("model" in options):
-        raise bad_value("run", options.get("run"), "either run=<run folder> or model=<folder or id>")
-    if options.get("eval", "quick") not in choices("eval"):
-        raise bad_value("eval", options["eval"], choices("eval"))
-    for key in ("verbose", "trust_remote_code"):
+    asked = [key for key in WHAT if key in options]
+    if len(asked) != 1:
+        last = asked[-1] if asked else "run"
+        allowed = "either run=<run folder> or model=<folder or id> or compare=[...]"
+        raise bad_value(last, options.get(last), allowed)
+    sets_of(listed(options.get("eval", "quick")))
+    for key in SWITCHES:
         if options.get(key, "true") not in ("true", "false"):
             raise bad_value(key, options[key], ("true", "false"))
     return options
 
 
-def evaluate(options: dict[str, str]) -> Path:
-    """Measure, and write metrics.json and report.md.
+def listed(value: str) -> list[str]:
+    """`a`, `a,b` or `[a,b]`; a path that exists is one item, whatever signs it holds."""
+    if Path(value).expanduser().exists():
+        return [value]
+    inner = value[1:-1] if value.startswith("[") and value.endswith("]") else value
+    return list(dict.fromkeys(part.strip().strip("'\"") for part in inner.split(",") if part.strip()))
+
+
+def sets_of(names: Sequence[str]) -> EvalConfig:
+    """The union of several sets of measurements; a later set's own options go before an earlier one's.
+
+    Raises:
+        UserError: a set is unknown.
+    """
+    for name in names:
+        if name not in choices("eval"):
+            raise bad_value("eval", name, choices("eval"))
+    sets = [compose([f"eval={name}"]).eval for name in names]
+    bases = list(dict.fromkeys(part for one in sets for part in one.base.split("+") if part != "none"))
+    result, usual = EvalConfig(), EvalConfig()
+    for field in fields(EvalConfig):
+        for one in sets:
+            if getattr(one, field.name) != getattr(usual, field.name):
+                setattr(result, field.name, getattr(one, field.name))
+    result.name = ",".join(names)
+    result.base = "quick" if "quick" in bases else "+".join(bases) or "none"
+    result.more = list(dict.fromkeys(name for one in sets for name in one.more))
+    return result
+
+
+def run(options: dict[str, str]) -> list[Path]:
+    """Do what the options ask for.
+
+    Returns:
+        the reports.
+    """
+    store = Store(read=options.get("cache") != "false")
+    if "compare" in options:
+        return [_compare(options, store)]
+    kind = "run" if "run" in options else "model"
+    names = listed(options[kind])
+    reports = []
+    for name in names:
+        out = Path(options["out"]).expanduser() if "out" in options else None
+        if out is not None and len(names) > 1:
+            out = out / _short(name)
+        reports.append(evaluate(kind, name, options, store, out) / "report.md")
+    if store.taken:
+        logger.info("%d results were in the cache, %d were measured", len(store.taken), len(store.made))
+    return reports
+
+
+def evaluate(
+    kind: str,
+    name: str,
+    options: dict[str, str],
+    store: Store,
+    out: Path | None = None,
+    like: Config | None = None,
+) -> Path:
+    """Measure one run or model, and write metrics.json and the report.
+
+    Args:
+        kind: run or model.
+        out: the folder to write to.
+        like: the config whose text, items and budget a model is measured with.
 
     Returns:
         the folder they are in.
     """
     start = time.perf_counter()
-    if "run" in options:
-        source = Path(options["run"]).expanduser()
+    source = Path(name).expanduser() if kind == "run" else None
+    if source is not None:
         config = load_config(source, "run")
-        folder = _folder(options, source / "eval")
+        folder = _folder(out or source / "eval")
     else:
-        source = None
-        config = _config_for(options["model"], options.get("trust_remote_code") == "true")
-        folder = _folder(options, _new_folder(options["model"]))
-    if "budget" in options:
-        config.budget = compose([f"budget={options['budget']}"]).budget
-    same_text = _take_data(config, options.get("data"))
-    if "eval" in options:
-        config.eval = compose([f"eval={options['eval']}"]).eval
+        config = _config_for(name, options.get("trust_remote_code") == "true")
+        if like is not None:
+            config = replace(like, model=config.model)
+        folder = _folder(out or _new_folder(name))
+    same_text = _configure(config, options)
+    for measurement in config.eval.more:
+        MEASUREMENTS.get(measurement)
+    check_memory(config.model)
+    documents = load_documents(config.data)
 
-    recorded = None
-    if source is not None:
-        recorded = read_metrics(source) if (source / FILE).is_file() else None
-        model, tokenizer = replace.load(source)
-    else:
-        loaded = load_model(config.model)
-        model, tokenizer = loaded.model, loaded.tokenizer
-    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if positions is not None:
-        check_reach(config.budget.eval, positions)
-    using = yardstick(tokenizer, config, clear=clear_tokens_of(model, config.attention))
-    if source is not None:
-        using = _with_teacher(config, using)
-    model = _moved(model)
-
+    recorded = None if source is None else _recorded(source, same_text)
     metrics = recorded or new_metrics(
-        model=options.get("model") or config.model.id or config.model.path or config.model.kind,
+        model=name if kind == "model" else config.model.id or config.model.path or config.model.kind,
         attention=config.attention.name if source is not None else None,
         layers=[],
         seed=config.seed,
-        device=str(model.device),
+        device="cuda" if torch.cuda.is_available() else "cpu",
     )
+    metrics["notes"], metrics["command"] = [], _command(kind, name, options)
+    if source is None:
+        loaded = load_model(config.model)
+        model, tokenizer = _moved(loaded.model), loaded.tokenizer
+        _check_reach(config, model)
+        clear = clear_tokens_of(model, config.attention)
+        using = yardstick(tokenizer, config, documents, clear=clear)
+        metrics["items"] = items_of(documents, tokenizer, clear)
+    else:
+        tokenizer = _tokenizer_of(source, config)
+        metrics["items"] = items_of(documents, tokenizer, clear_tokens(config.attention))
+        _add_earlier(metrics, folder)
+        using = yardstick(tokenizer, config, documents)
+        _with_teacher(config, using, tokenizer, metrics, store)
+        model = _student(source, config, documents, metrics)
+        _check_reach(config, model)
+    _check_vocabulary(kind, name, model, tokenizer)
+
     parts = parts_of(model)
-    phase = (last_student(metrics) if recorded else None) or "model"
+    phase = _phase(metrics, recorded)
     before = metrics["phases"].get(phase, {})
-    if recorded and not same_text:
-        logger.warning("the recorded phases were measured on other text than data= and are left out")
-        metrics["phases"], metrics["wall_seconds"] = {}, {}
-    kept = before if same_text and config.eval.base != "quick" else {}
-    training = {"training": before["training"]} if "training" in before else {}
-    measured = measure(model, tokenizer, config, phase=phase, final=True, using=using)
-    metrics["phases"][phase] = merged(kept, measured) | training
+    measured: dict = {}
+    try:
+        with keeping(store, model, about=metrics["items"]):
+            measure(model, tokenizer, config, phase=phase, final=True, using=using, into=measured)
+    except KeyboardInterrupt as error:
+        if not measured:
+            raise
+        metrics["notes"].append("This evaluation was interrupted; what it had not measured yet is missing.")
+        _finish(metrics, phase, merged(before, measured), parts, folder, source, config)
+        raise Interrupted(folder) from error
     metrics["wall_seconds"][f"eval {phase}"] = round(time.perf_counter() - start, 1)
+    _finish(metrics, phase, merged(before, measured), parts, folder, source, config)
+    return folder
+
+
+def _finish(
+    metrics: dict,
+    phase: str,
+    figures: dict,
+    parts: dict,
+    folder: Path,
+    source: Path | None,
+    config: Config,
+) -> None:
+    """Write metrics.json and the report."""
+    metrics["phases"][phase] = figures
     conclude(metrics, parts)
+    metrics["checklist"] = checklist(metrics, read_log((source or folder) / "train.jsonl"), asdict(config))
     write_metrics(folder, metrics)
     write_report(folder, source)
-    return folder
 
 
 def merged(recorded: dict, measured: dict) -> dict:
@@ -164,6 +291,38 @@ def merged(recorded: dict, measured: dict) -> dict:
     return result
 
 
+def _command(kind: str, name: str, options: dict[str, str]) -> str:
+    """The command that gives the same figures."""
+    others = [f"{k}={v}" for k, v in options.items() if k not in (*WHAT, "out", "cache", "verbose")]
+    return shlex.join(["python", "-m", "eval", f"{kind}={name}", *others])
+
+
+# The config
+
+
+def _configure(config: Config, options: dict[str, str]) -> bool:
+    """Put what the options say into the config; whether it has the text that it had before.
+
+    Raises:
+        UserError: an option is not possible.
+    """
+    if "budget" in options:
+        config.budget = compose([f"budget={options['budget']}"]).budget
+    same_text = _take_data(config, options.get("data"))
+    if "eval" in options:
+        config.eval = sets_of(listed(options["eval"]))
+    single = [f"{key}={value}" for key, value in options.items() if key.startswith(SINGLE)]
+    changed = overridden(config, single)
+    config.eval, config.budget = changed.eval, changed.budget
+    for base in config.eval.base.split("+"):
+        if base not in BASES:
+            raise bad_value(
+                "eval.base", config.eval.base, f"one of {', '.join(BASES)}, or several joined by +"
+            )
+    check_eval_budget(config)
+    return same_text
+
+
 def _take_data(config: Config, path: str | None) -> bool:
     """Put the text that `data=` names into the config; whether it is the text that the config had."""
     if path is None:
@@ -172,14 +331,6 @@ def _take_data(config: Config, path: str | None) -> bool:
     config.data = DataConfig(kind="files", path=path)
     places = [Path(place).expanduser().resolve() for place in (old.path or "", path)]
     return old.kind == "files" and places[0] == places[1]
-
-
-def _new_folder(model: str) -> Path:
-    """A folder of this moment's own, named after the model with its parent, since every export is `model`."""
-    place = Path(model).expanduser()
-    parts = place.resolve().parts if place.exists() else place.parts
-    name = "-".join(part for part in parts[-2:] if part != place.anchor)
-    return Path("outputs") / "eval" / name / time.strftime("%Y-%m-%d_%H-%M-%S")
 
 
 def _config_for(name: str, trust: bool) -> Config:
@@ -194,16 +345,193 @@ def _config_for(name: str, trust: bool) -> Config:
     return config
 
 
-def _with_teacher(config: Config, using: Yardstick) -> Yardstick:
-    """Capture the teacher's layer outputs; the teacher is gone from memory afterwards."""
-    teacher = load_model(config.model)
-    using.reference = capture(_moved(teacher.model), probe_rows(teacher.tokenizer, using))
-    return using
+# What is measured
 
 
-def _folder(options: dict[str, str], default: Path) -> Path:
+def _recorded(source: Path, same_text: bool) -> dict | None:
+    """The run's metrics, without figures of other text; None if there are none."""
+    if not (source / FILE).is_file():
+        return None
+    metrics = read_metrics(source)
+    if not same_text:
+        logger.warning("the recorded phases were measured on other text than data= and are left out")
+        last = last_student(metrics)
+        training = (
+            {} if last is None else {k: v for k, v in metrics["phases"][last].items() if k == "training"}
+        )
+        metrics["phases"], metrics["wall_seconds"] = {}, {}
+        return metrics | ({"phases": {last: training}} if last is not None else {})
+    return metrics
+
+
+def _add_earlier(metrics: dict, folder: Path) -> None:
+    """Add what an earlier evaluation of the run, of the same items, left in its folder."""
+    if (folder / FILE).is_file():
+        earlier = read_metrics(folder)
+        if earlier.get("items") == metrics["items"]:
+            for phase, figures in earlier["phases"].items():
+                metrics["phases"][phase] = merged(figures, metrics["phases"].get(phase, {}))
+
+
+def _phase(metrics: dict, recorded: dict | None) -> str:
+    """The phase that is measured: the one of an unfinished run's checkpoint, else the last one."""
+    reached = metrics.get("checkpoint")
+    if reached is not None:
+        return f"stage{reached['stage']}"
+    return (last_student(metrics) if recorded else None) or "model"
+
+
+def _with_teacher(config: Config, using: Yardstick, tokenizer: Any, metrics: dict, store: Store) -> None:
+    """Measure what is asked for beyond the quick set and not recorded of the teacher; keep its layer outputs.
+
+    It is gone from memory afterwards.
+    """
+    recorded = metrics["phases"].get("teacher", {})
+    missing = [name for name in config.eval.more if name not in recorded.get("seconds", {})]
+    bases = config.eval.base.split("+")
+    if not config.eval.more and not {"quick", "probes"} & set(bases):
+        return
+    teacher = _moved(load_model(config.model).model)
+    if not missing:
+        with autocast(config.precision, teacher.device), cast_once(teacher, config.precision):
+            using.reference = capture(teacher, probe_rows(tokenizer, using))
+        return
+    only_missing = replace(config, eval=replace(config.eval, more=missing))
+    with keeping(store, teacher, about=metrics["items"]):
+        measured = measure(
+            teacher, tokenizer, only_missing, phase="teacher", final=False, using=using, plan=NOTHING
+        )
+    metrics["phases"]["teacher"] = merged(recorded, measured)
+
+
+def _student(source: Path, config: Config, documents: list[Document], metrics: dict) -> Any:
+    """The exported model of a run, or of an unfinished one the last whole checkpoint.
+
+    Raises:
+        UserError: there is neither.
+    """
+    if (source / "model" / "config.json").is_file():
+        return _moved(load(source)[0])
+    adopted = None if config.source is None else Path(config.source).expanduser()
+    started = any(any(source.glob(f"checkpoints/stage*/{name}")) for name in ("final", "step-*"))
+    refusal = bad_value(
+        "run",
+        str(source),
+        "a run that has finished or has a whole checkpoint, which this one has not; "
+        f"`python -m replace resume={source}` continues it",
+    )
+    if not started:
+        raise refusal
+    loaded = load_model(config.model)
+    swap(loaded.model, choose(config, loaded, documents, source))
+    last = load_last(source, loaded.model, adopted)
+    if last is None:
+        raise refusal
+    number, step = last
+    where = f"stage {number}, finished" if step is None else f"stage {number} after {step} steps"
+    note = f"This run did not finish; its last whole checkpoint was measured: {where}."
+    logger.warning("%s", note)
+    metrics["notes"].append(note)
+    metrics["checkpoint"] = {"stage": number, "step": step}
+    loaded.model.eval()
+    return _moved(loaded.model)
+
+
+def _tokenizer_of(source: Path, config: Config) -> Any:
+    """The run's tokenizer, which must be the teacher's, or their figures would be of other tokens.
+
+    Raises:
+        UserError: it is another one.
+    """
+    teacher = load_tokenizer(config.model)
+    folder = source / "model"
+    if not (folder / "config.json").is_file():
+        return teacher
+    mine = load_tokenizer(config.model, folder)
+    probe = "The pass key is 71482. Straße, naïve, 東京: was it 3 or 4?"
+    alike = vocabulary_hash(mine) == vocabulary_hash(teacher)
+    if not alike or mine(probe)["input_ids"] != teacher(probe)["input_ids"]:
+        raise bad_value(
+            "run",
+            str(source),
+            "a run whose model/ has the tokenizer of its teacher; this one's splits text into other tokens",
+        )
+    return mine
+
+
+def _check_vocabulary(kind: str, name: str, model: Any, tokenizer: Any) -> None:
+    """Refuse a tokenizer with tokens that the model has no embedding for."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= rows:
+        allowed = (
+            f"a model whose tokenizer matches; this one's has tokens up to {highest}, "
+            f"the model embeddings for {rows}"
+        )
+        raise bad_value(kind, name, allowed)
+
+
+def _check_reach(config: Config, model: Any) -> None:
+    """Refuse lengths that the model has no positions for."""
+    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if positions is not None:
+        check_reach(config.budget.eval, positions)
+
+
+# Comparing
+
+
+def _compare(options: dict[str, str], store: Store) -> Path:
+    """Read the figures of runs, measure the models among the items, and write the comparison."""
+    items = find_items(listed(options["compare"]))
+    folder = _folder(
+        Path(options["out"]).expanduser()
+        if "out" in options
+        else Path("outputs") / "compare" / time.strftime("%Y-%m-%d_%H-%M-%S")
+    )
+    like = next((item.config for item in items if item.config is not None), None)
+    done = []
+    for item in items:
+        if item.metrics is None and "eval" not in options:
+            item = _as_teacher(item, items) or item
+        if item.metrics is None:
+            again = {key: value for key, value in options.items() if key not in ("compare", "out")}
+            place = evaluate("model", item.name, again, store, folder / _short(item.name), like)
+            item = Item(item.name, place, read_metrics(place), None)
+        done.append(item)
+    command = shlex.join(["python", "-m", "eval", *(f"{key}={value}" for key, value in options.items())])
+    return write_comparison(folder, compare(done), command)
+
+
+def _as_teacher(item: Item, others: Sequence[Item]) -> Item | None:
+    """A model that is the teacher of one of the runs, with the figures that the run has of it."""
+    wanted = _config_for(item.name, False).model
+    for other in others:
+        if other.config is not None and other.metrics is not None and "teacher" in other.metrics["phases"]:
+            model = other.config.model
+            if (model.kind, model.id, model.path) == (wanted.kind, wanted.id, wanted.path):
+                only_teacher = other.metrics | {"phases": {"teacher": other.metrics["phases"]["teacher"]}}
+                return Item(item.name, other.folder, only_teacher, None)
+    return None
+
+
+# Places
+
+
+def _short(name: str) -> str:
+    """A folder's name for a run or a model: its last two parts, since every export is `model`."""
+    place = Path(name).expanduser()
+    parts = place.resolve().parts if place.exists() else place.parts
+    return "-".join(part for part in parts[-2:] if part != place.anchor)
+
+
+def _new_folder(model: str) -> Path:
+    """A folder of this moment's own, named after the model."""
+    return Path("outputs") / "eval" / _short(model) / time.strftime("%Y-%m-%d_%H-%M-%S")
+
+
+def _folder(folder: Path) -> Path:
     """The folder to write to, made now, so that an unwritable one is found before anything is measured."""
-    folder = Path(options["out"]).expanduser() if "out" in options else default
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".writable").touch()

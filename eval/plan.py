@@ -8,7 +8,7 @@ is measured without them too.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from torch import nn
 
@@ -107,7 +107,11 @@ def plan_for(budget: EvalBudget, parts: dict[str, int], *, phase: str, final: bo
 
 
 def only(plan: Plan, name: str) -> Plan:
-    """What of a plan belongs to a base (`eval.base`): quick is all of it."""
+    """What of a plan belongs to a base (`eval.base`): quick is all of it, and a+b what a or b has."""
+    first, plus, others = name.partition("+")
+    if plus:
+        one, other = only(plan, first), only(plan, others)
+        return Plan(**{f.name: getattr(one, f.name) or getattr(other, f.name) for f in fields(Plan)})
     if name == "none":
         return Plan(perplexity=False, probes=False, layer_outputs=False)
     if name == "perplexity":

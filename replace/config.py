@@ -157,8 +157,8 @@ class LoraConfig:
 class EvalConfig:
     """What is measured: a named set, and how it is made up.
 
-    `base` is what every phase gets: quick (perplexity, probes, recall), one of these alone, or none; `more`
-    names measurements for the teacher and the last phase (`eval/measurements/`).
+    `base` is what every phase gets: quick (perplexity, probes, recall), one of these alone, several joined by
+    +, or none; `more` names measurements for the teacher and the last phase (`eval/measurements/`).
     """
 
     name: str = "quick"

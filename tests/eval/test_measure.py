@@ -2,6 +2,7 @@
 
 import copy
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -260,6 +261,12 @@ def test_plans_cost_what_they_say():
     assert not only(final, "recall").perplexity
     assert only(final, "perplexity").grids == ()
     assert only(final, "quick") == final
+    both = only(final, "recall+perplexity")
+    assert both.grids == final.grids
+    assert both.perplexity_ablations == final.perplexity_ablations
+    assert not both.probes
+    assert not both.state_lengths
+    assert only(final, "perplexity+recall+probes") == replace(final, state_lengths=(), decode_lengths=())
 
 
 def test_training_mode_is_given_back(tiny, config, documents):
