@@ -86,7 +86,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parse(given)
         _log(options)
-        for report in run(options):
+        store = Store(read=options.get("cache") != "false")
+        reports = run(options, store)
+        if store.taken:
+            logger.info("%d results were in the cache, %d were measured", len(store.taken), len(store.made))
+        for report in reports:
             sys.stdout.write(f"{report}\n")
     except (UserError, OSError) as error:
         if "verbose=true" in given:
@@ -160,13 +164,12 @@ def sets_of(names: Sequence[str]) -> EvalConfig:
     return result
 
 
-def run(options: dict[str, str]) -> list[Path]:
+def run(options: dict[str, str], store: Store) -> list[Path]:
     """Do what the options ask for.
 
     Returns:
         the reports.
     """
-    store = Store(read=options.get("cache") != "false")
     if "compare" in options:
         return [_compare(options, store)]
     kind = "run" if "run" in options else "model"
@@ -177,8 +180,6 @@ def run(options: dict[str, str]) -> list[Path]:
         if out is not None and len(names) > 1:
             out = out / _short(name)
         reports.append(evaluate(kind, name, options, store, out) / "report.md")
-    if store.taken:
-        logger.info("%d results were in the cache, %d were measured", len(store.taken), len(store.made))
     return reports
 
 

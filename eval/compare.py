@@ -11,7 +11,7 @@ items of their mean.
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -61,6 +61,7 @@ class Figure:
     Attributes:
         kind: perplexity (units are windows), rate (units are episodes) or number.
         units: name of a window or episode -> (loss, tokens) or hit.
+        fixed: whether the units are the same in every run, whatever its text.
         better: lower, higher, or None where it is neither.
     """
 
@@ -70,6 +71,7 @@ class Figure:
     units: dict[Any, Any] = field(default_factory=dict)
     better: str | None = None
     why: str | None = None
+    fixed: bool = False
 
 
 @dataclass
@@ -157,7 +159,7 @@ def compare(items: Sequence[Item], *, seed: int = 0) -> dict:
             cell = _cell(group, seed)
             first = groups[0]
             if place and cell["value"] is not None and _value(first) is not None:
-                paired = _same_items([columns[0], columns[place]], sample.kind)
+                paired = sample.fixed or _same_items([columns[0], columns[place]], sample.kind)
                 cell["difference"] = _difference(first, group, paired, seed)
             cells.append(cell)
         rows.append({"figure": name, "kind": sample.kind, "better": sample.better, "cells": cells})
@@ -242,14 +244,17 @@ def figures_of(phase: dict) -> Iterator[tuple[str, Figure]]:
         yield from _recall(f"recall, {words}", twin)
     judged = [probe for probe in phase.get("probes") or [] if probe["hit"] is not None]
     if judged:
-        yield "language probes", _rate({probe["prompt"]: int(probe["hit"]) for probe in judged})
+        prompts = _rate({probe["prompt"]: int(probe["hit"]) for probe in judged})
+        yield "language probes", replace(prompts, fixed=True)
+    if phase.get("generation"):
+        yield "recall, really generated", Figure("number", phase["generation"]["exact"], better=HIGHER)
     speed = phase.get("speed") or {}
     for row in speed.get("state", []):
         yield f"bytes kept at {row['length']:,} tokens", Figure("number", row.get("bytes"), better=LOWER)
     for row in speed.get("decode", []):
         value, why = row.get("tokens_per_second"), row.get("why")
         yield f"decoded tokens a second at {row['length']:,}", Figure("number", value, better=HIGHER, why=why)
-    known = ("perplexity", "ablation", "probes", "speed", *TASKS, *NOT_COMPARED)
+    known = ("perplexity", "ablation", "probes", "generation", "speed", *TASKS, *NOT_COMPARED)
     for name, entry in phase.items():
         if name not in known:
             yield from _any(name.replace("_", " "), entry)
@@ -427,7 +432,8 @@ def _apart(kind: str, first: Sequence[Figure], other: Sequence[Figure], seed: in
     (a_names, a), (b_names, b) = _shared(first), _shared(other)
     if len(a_names) < 2 or len(b_names) < 2:
         return None
-    generator = np.random.default_rng(seed)
+    # Not the stream that `bootstrap` draws from, or both sides would be drawn alike, which is pairing.
+    generator = np.random.default_rng([seed, 1])
 
     def gap(draw: np.ndarray) -> float:
         return _gap(kind, a, b, draw, generator.integers(0, len(b_names), len(b_names)))

@@ -241,7 +241,7 @@ def items_of(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, 
 
 @functools.cache
 def code_hash(module: str) -> str:
-    """Of the source of a module, of all that it imports from eval, and of the model's rooms."""
+    """Of the source of a module, of all that it imports from eval but this file, and of the model's rooms."""
     files = {path for room in MODEL_CODE for path in (ROOT / room).rglob("*.py")}
     waiting = [module]
     while waiting:
@@ -272,6 +272,8 @@ def _imports(path: Path) -> Iterator[str]:
     """The modules of eval that a file imports."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "eval":
+            if node.module == __name__:
+                continue
             yield str(node.module)
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 

@@ -100,6 +100,12 @@ def test_other_items_are_not_paired(run, change, perplexity, rate):
         for items in (ITEMS | {"clear": 160}, ITEMS)
     )
     assert wide[0] < narrow[0]
+    wide, narrow = (
+        row(compare([item(run), item(worse(run), items=items)]), BOOK)[1]["difference"]["interval"]
+        for items in (ITEMS | {"data": "other"}, ITEMS)
+    )
+    assert wide[1] - wide[0] > 0.05 > narrow[1] - narrow[0]
+    assert row(table, "language probes")[1]["difference"]["paired"]
     assert "†" in render(table, "x")
 
 
