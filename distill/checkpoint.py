@@ -8,6 +8,7 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -26,7 +27,7 @@ class Progress:
     """Where a stage stands: steps done, and the counters that go into its metrics."""
 
     step: int
-    counters: dict[str, float]
+    counters: dict[str, Any]
 
 
 def save_step(
@@ -86,6 +87,34 @@ def load_stage(folder: Path, model: nn.Module) -> dict | None:
     tensors, about = read
     _restore(model, tensors)
     return about
+
+
+def load_last(run: Path, model: nn.Module, adopted: Path | None = None) -> tuple[int, int | None] | None:
+    """Take over what an unfinished run trained last, on top of its finished stages.
+
+    Args:
+        run: the folder of the run.
+        adopted: the run whose earlier stages it took over, if there is one.
+
+    Returns:
+        the stage, and the step inside of it, or None where the stage is finished; None if there is no whole
+        checkpoint.
+    """
+    last: tuple[int, int | None] | None = None
+    for number in (1, 2, 3):
+        folders = [place / "checkpoints" / f"stage{number}" for place in (run, adopted) if place is not None]
+        if any(load_stage(folder, model) is not None for folder in folders):
+            last = (number, None)
+            continue
+        for path in sorted(folders[0].glob("step-*"), reverse=True):
+            read = _read(path)
+            if read is None:
+                logger.warning("checkpoint %s is damaged; the one before it is used", path.name)
+                continue
+            present = dict(model.named_parameters())
+            _restore(model, {name: tensor for name, tensor in read[0].items() if name in present})
+            return number, read[1]["step"]
+    return last
 
 
 def _parameters(model: nn.Module, names: list[str]) -> dict[str, Tensor]:

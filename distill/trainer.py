@@ -13,6 +13,7 @@ from tqdm import tqdm
 from distill.checkpoint import Progress, load_stage, load_step, save_stage, save_step
 from distill.data import Mixture
 from distill.stages import NAMES, Stage, StepResult, replaced_layers
+from distill.watch import Watch
 from replace.config import Config
 from replace.errors import UserError
 from replace.files import atomic_write
@@ -39,6 +40,12 @@ def counts(model: nn.Module) -> tuple[int, int]:
     clamped = sum(int(getattr(mixer, "clamped", 0)) for mixer in mixers)
     nonfinite = sum(int(getattr(mixer, "nonfinite", 0)) for mixer in mixers)
     return clamped, nonfinite
+
+
+def vocabulary_of(model: nn.Module) -> int | None:
+    """Tokens that the model tells apart, where its config says so."""
+    config = getattr(model, "config", None)
+    return None if config is None else config.get_text_config(decoder=True).vocab_size
 
 
 def train(
@@ -79,6 +86,7 @@ def _steps(
     scaler = torch.amp.GradScaler(device.type, init_scale=counters.pop("scale", 2.0**16), enabled=half)
     scaler.scale(torch.zeros((), device=device))  # sets it up: the stages multiply by its scale themselves
     start_counts, carried = counts(model), (counters["clamped"], counters["nonfinite"])
+    watch = Watch(stage.number, steps, vocabulary_of(model), counters.setdefault("patterns", {}))
     skipped_in_row, began, tokens_begun = 0, time.perf_counter(), counters["tokens"]
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
     model.train()
@@ -113,6 +121,7 @@ def _steps(
             # A loss that is finite while its scaled gradient is not: the scaler is still finding its scale.
             searching = math.isfinite(last["loss"]) and scaler.get_scale() > 1
             skipped_in_row += not searching
+            healthy = searching
             logger.warning(
                 "stage %d, step %d: loss %s, gradient norm %s; the step is skipped",
                 stage.number,
@@ -125,6 +134,7 @@ def _steps(
         now = counts(model)
         counters["clamped"] = carried[0] + now[0] - start_counts[0]
         counters["nonfinite"] = carried[1] + now[1] - start_counts[1]
+        watch(step, last, norm, finite=healthy and not counters["nonfinite"])
         if skipped_in_row >= options.max_skipped:
             raise UserError(
                 f"stage {stage.number} skipped {skipped_in_row} steps in a row for a non-finite loss or "

@@ -50,6 +50,21 @@ def paired_difference(on: Sequence[int], off: Sequence[int], level: float = LEVE
     }
 
 
+def unpaired_difference(hits: int, trials: int, others: int, other_trials: int) -> list[float]:
+    """The interval of the difference of two rates that were measured on different episodes.
+
+    The exact interval of each is put together as in Newcombe (1998): each bound is as far from the difference
+    as the bounds of the two rates that push it there.
+    """
+    (low, high), (other_low, other_high) = (
+        clopper_pearson(hits, trials),
+        clopper_pearson(others, other_trials),
+    )
+    rate, other = hits / trials, others / other_trials
+    below, above = math.hypot(rate - low, other_high - other), math.hypot(high - rate, other - other_low)
+    return [rate - other - below, rate - other + above]
+
+
 def _tango(b: int, c: int, n: int, level: float) -> list[float]:
     """The differences d that a score test of the counts b (first only) and c (second only) of n accepts."""
     limit = float(norm.ppf((1 + level) / 2))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eval.stored import kept
 from replace.convert import attention_layers
 
 LIMIT = 32768
@@ -62,6 +63,7 @@ def capture(model: nn.Module, rows: Tensor) -> Reference:
     return Reference(rows, outputs, calls)
 
 
+@kept
 def layer_outputs(model: nn.Module, reference: Reference) -> list[dict]:
     """Compare every decoder layer's attention output with the teacher's.
 

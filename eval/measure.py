@@ -32,6 +32,7 @@ from eval.plan import (
 )
 from eval.probes import probe
 from eval.speed import decode_speed, kept_bytes
+from eval.stored import kept
 from eval.verdict import CONTROL, recovery, verdict
 from replace.config import Config
 from replace.corpora import PERPLEXITY_BOOKS, Document, load_documents
@@ -132,6 +133,7 @@ def measure(
     final: bool,
     using: Yardstick,
     plan: Plan | None = None,
+    into: dict | None = None,
 ) -> dict:
     """Measure one phase and return its dict in the schema of `eval.metrics`, in the precision of the config.
 
@@ -143,6 +145,7 @@ def measure(
         final: whether it is the last phase, which gets the full grid, all ablations and generation.
         using: from `yardstick`.
         plan: what to measure; by default `eval.plan.plan_for` the budget, narrowed to `config.eval.base`.
+        into: an empty dict to fill, so that a caller keeps what was measured before an interruption.
     """
     if phase not in PHASES:
         raise ValueError(f"{phase!r} is none of {', '.join(PHASES)}")
@@ -150,7 +153,7 @@ def measure(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval().requires_grad_(False)
     seconds: dict[str, float] = {}
-    result: dict = {}
+    result: dict = {} if into is None else into
     try:
         with autocast(config.precision, model.device), cast_once(model, config.precision):
             parts = parts_of(model)
@@ -186,7 +189,7 @@ def measure(
                     }
             for name in config.eval.more if final or phase == "teacher" else ():
                 with _timed(seconds, phase, name):
-                    result |= MEASUREMENTS.get(name)(model, tokenizer, config, using)
+                    result |= kept(MEASUREMENTS.get(name))(model, tokenizer, config, using)
     finally:
         model.train(training)
         for parameter in trained:
@@ -201,9 +204,10 @@ def measure(
 
 def keep_teacher(model, tokenizer, config: Config, using: Yardstick) -> None:
     """Keep in `using` what later phases are compared with: layer outputs, and what `eval.more` asks for."""
-    using.reference = capture(model, probe_rows(tokenizer, using))
+    if using.reference is None:
+        using.reference = capture(model, probe_rows(tokenizer, using))
     for name in config.eval.more:
-        if name in KEPT.names():
+        if name in KEPT.names() and name not in using.kept:
             using.kept[name] = KEPT.get(name)(model, tokenizer, config, using)
 
 
@@ -221,7 +225,7 @@ def _figures(
     result: dict = {}
     if plan.perplexity:
         with _timed(seconds, phase, f"{split}perplexity"):
-            result["perplexity"] = _perplexities(model, tokenizer, config, using)
+            result["perplexity"] = _perplexities(model, tokenizer, config, using, halved=plan.halved)
     if plan.grids:
         with _timed(seconds, phase, f"{split}recall"):
             result |= _recalls(model, plan.grids, using)
@@ -243,13 +247,20 @@ def _unmeasured(config: Config, measured: dict, parts: dict[str, Any]) -> dict[s
     return others | {CONTROL: control_of(config, parts)}
 
 
-def _perplexities(model, tokenizer, config: Config, using: Yardstick, ablation: str = "") -> dict[str, dict]:
-    """Of each text; for what only explains, of the first half of the first one's windows."""
+def _perplexities(
+    model, tokenizer, config: Config, using: Yardstick, ablation: str = "", *, halved: bool = False
+) -> dict[str, dict]:
+    """Of each text; for what only explains, of the first half of the first one's windows.
+
+    Args:
+        halved: of the first half of each text's windows.
+    """
     budget = config.budget.eval
     length, tokens = budget.perplexity_length, budget.perplexity_tokens
     books = list(using.books.items())
     if ablation in EXPLAINING:
         books = books[:1]
+    if halved or ablation in EXPLAINING:
         tokens = max(length, tokens // length // 2 * length)
     results = {}
     for name, text in books:

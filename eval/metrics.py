@@ -5,10 +5,14 @@
      "parts": {"replaced", "memory", "pairs", "sinks", "full_attention": numbers of layers,
                "unreplaced": {"full_attention", "sliding_window", "recurrent": indices of layers}},
      "replaced": [{"layer", "path", "old_class", "new_class", "variant", "parameters", "new_parameters",
-                   "state_bytes", "output": {"mean", "std", "min", "max", "beyond_fp16"}}],
+                   "state_bytes", "magnitude", "scale", "clamp",
+                   "output": {"mean", "std", "min", "max", "beyond_fp16"}}],
      "phases": {"<phase>": a phase}, "recovery": {"<figure>": {"value", "interval"} or with "why"},
      "verdict": {"called", "memory", "pairs", "memory_and_pairs", "carried_by_full_attention", "carriers",
-                 "details"}}
+                 "details"},
+     "items": see eval.stored.items_of, "checklist": see eval.checklist, "notes": [sentences],
+     "command": what gives the figures of an evaluation again,
+     "checkpoint": {"stage", "step" or null} of a run that did not finish}
 
 A phase is one of PHASES and has, as far as it was measured,
 
@@ -24,7 +28,8 @@ A phase is one of PHASES and has, as far as it was measured,
      "writing": see eval.measurements.generation, "inside": see eval.measurements.inside,
      "speed": {"state": see eval.speed.kept_bytes, "decode": see eval.speed.decode_speed},
      "generation": {"episodes", "exact", "agrees"}, "seconds": {"<measurement>": seconds},
-     "training": {"tokens", "loss_first", "loss_last", "skipped_steps", "clamped", "nonfinite"}}
+     "training": {"tokens", "loss_first", "loss_last", "skipped_steps", "clamped", "nonfinite",
+                  "patterns": {"<of distill.watch>": step at which it was first seen}}}
 
 Splits. What stands in a phase itself was measured on the test text, what stands in its "dev" on the dev text.
 The swap and the stages before the last have figures on dev alone; the teacher and the last phase have both:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from eval.intervals import clopper_pearson
+from eval.stored import kept
 from replace.episodes import Episode
 
 
@@ -43,6 +44,7 @@ def episodes_of(cell: Cell, make: MakeEpisode, count: int, seed: int) -> list[Ep
     return [make(cell, random.Random(f"{seed}/{cell}/{index}")) for index in range(count)]
 
 
+@kept
 def recall(model, episodes: Sequence[Episode], *, batch: int = 1, bar: tqdm | None = None) -> dict:
     """Score episodes; rows of one forward have the same number of tokens, so nothing is ever padded.
 
@@ -79,6 +81,7 @@ def recall(model, episodes: Sequence[Episode], *, batch: int = 1, bar: tqdm | No
     return {**rate(hits), "digit_accuracy": right / total, "answer_loss": loss / total, "hits": hits}
 
 
+@kept
 def generated(model, tokenizer, episodes: Sequence[Episode]) -> dict:
     """The same episodes with really generated answers: the model's own greedy `generate` through its cache.
 

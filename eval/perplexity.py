@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from eval.intervals import bootstrap
+from eval.stored import kept
 from replace.errors import UserError, bad_value
 
 EDGES = (0, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
@@ -25,6 +26,7 @@ CHARACTERS_PER_TOKEN = 12
 """More than an average token has, so that a long book need not be tokenised to its end."""
 
 
+@kept
 def perplexity(
     model,
     tokenizer,

@@ -2,21 +2,21 @@
 
 The budget's `episodes` counts those of one length and depth. They are spread evenly over pass keys and
 needles in new phrasings, in novels and in repeated filler, so each `Cell` gets a quarter of them, rounded up,
-and each mean over the three depths that the report prints rests on 3 * episodes / 4. Between the stages the
-two parts of the state are switched off together only; at the end each of them alone as well, and perplexity
-is measured without them too. Long texts cost most, so beyond the shortest length a cell gets half of the
-episodes, and only both parts together are switched off, in novels. What only explains a result (`EXPLAINING`)
-is measured at the end, at the shortest length, on the first half of the episodes, and on the first half of
-the first text's windows.
+and each mean over the three depths that the report prints rests on 3 * episodes / 4. At the end the parts of
+the state are switched off, each alone and both together, for recall and for perplexity. Long texts cost most,
+so beyond the shortest length a cell gets half of the episodes, and only both parts together are switched off,
+in novels. What only explains a result (`EXPLAINING`) is measured at the end, at the shortest length, in
+novels, on the first half of the episodes, and on the first half of the first text's windows.
 
 Where there is a dev split, what lies between the phases is measured on that: swap and stages on dev alone,
 the last phase and the teacher on test, and on dev besides, because a recovery needs the teacher, the swap and
-the student on one text.
+the student on one text. It shows where a run is going, so half of the episodes and of the windows do, with
+nothing switched off. Without a dev split test stands in, and both parts together are switched off too.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import nn
@@ -60,10 +60,14 @@ class Grid:
 
 @dataclass(frozen=True)
 class Plan:
-    """One phase's measurements; `dev` are those on the dev split, the others are on test."""
+    """One phase's measurements; `dev` are those on the dev split, the others are on test.
+
+    `halved`: perplexity is measured on the first half of each text's windows.
+    """
 
     grids: tuple[Grid, ...] = ()
     perplexity: bool = True
+    halved: bool = False
     probes: bool = True
     layer_outputs: bool = True
     perplexity_ablations: tuple[str, ...] = ()
@@ -91,9 +95,10 @@ def plan_for(
     last_or_teacher = final or phase in TEACHERS
     spread = max(1, math.ceil(budget.episodes / (len(KINDS) * len(HAYSTACKS))))
     if dev and phase != "model":
-        between = () if last_or_teacher else combined
+        few = math.ceil(spread / 2)
         shared = Plan(
-            tuple(Grid(cells_of(n, "dev"), spread, between) for n in sorted(set(budget.phase_lengths))),
+            tuple(Grid(cells_of(n, "dev"), few) for n in sorted(set(budget.phase_lengths))),
+            halved=True,
             probes=False,
             layer_outputs=False,
         )
@@ -104,13 +109,14 @@ def plan_for(
     grids = []
     for length in sorted(set(lengths)):
         cells = cells_of(length, "test")
+        natural = tuple(cell for cell in cells if cell.haystack == HAYSTACKS[0])
+        others = tuple(cell for cell in cells if cell not in natural)
         if length == min(lengths):
-            grids.append(Grid(cells, spread, combined + (each if final else ()) + explaining))
+            off = combined + (each if final else ())
+            grids += [Grid(natural, spread, off + explaining), Grid(others, spread, off)]
         else:
             few = math.ceil(spread / 2)
-            natural = tuple(cell for cell in cells if cell.haystack == HAYSTACKS[0])
-            grids.append(Grid(natural, few, combined))
-            grids.append(Grid(tuple(cell for cell in cells if cell not in natural), few))
+            grids += [Grid(natural, few, combined), Grid(others, few)]
     if last_or_teacher:
         length = min(budget.phase_lengths)
         distractors = min(MOST_DISTRACTORS, max(1, length // DISTRACTOR_EVERY))
@@ -157,14 +163,19 @@ def why_not(name: str, parts: Mapping[str, Any]) -> str | None:
 
 
 def only(plan: Plan, name: str) -> Plan:
-    """What of a plan belongs to a base (`eval.base`): quick is all of it."""
+    """What of a plan belongs to a base (`eval.base`): quick is all of it, and a+b what a or b has."""
+    first, plus, others = name.partition("+")
+    if plus:
+        one, other = only(plan, first), only(plan, others)
+        return Plan(**{f.name: getattr(one, f.name) or getattr(other, f.name) for f in fields(Plan)})
     nothing = Plan(perplexity=False, probes=False, layer_outputs=False)
     dev = None if plan.dev is None else only(plan.dev, name)
     if name == "none":
         return nothing
     if name == "perplexity":
         off = plan.perplexity_ablations
-        return replace(nothing, perplexity=plan.perplexity, perplexity_ablations=off, dev=dev)
+        measured = replace(nothing, perplexity=plan.perplexity, halved=plan.halved, dev=dev)
+        return replace(measured, perplexity_ablations=off)
     if name == "recall":
         return replace(nothing, grids=plan.grids, generated=plan.generated, dev=dev)
     if name == "probes":

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from eval.stored import kept
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -21,6 +23,7 @@ PROBES = (
 )
 
 
+@kept
 def probe(model, tokenizer, *, tokens: int = 12, probes: tuple[Probe, ...] = PROBES) -> list[dict]:
     """Greedy continuations of `tokens` tokens, through the model's own `generate` and cache.
 

@@ -6,6 +6,7 @@ reason ("not measured: ...").
 
 import json
 import logging
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -13,7 +14,9 @@ from statistics import fmean
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from omegaconf import OmegaConf
 
+from eval.checklist import checklist, patterns
 from eval.explaining import explaining, what_it_is
+from eval.html import page
 from eval.metrics import PHASES, last_student, most_final, perplexities, read_metrics
 from eval.niah import means
 from eval.plots import PHASE_WORDS, STATES, TASK_WORDS, draw_all
@@ -47,6 +50,22 @@ PLOTS = {
 }
 
 
+TRAINED_PLOTS = ("loss.png",)
+"""Those that show the training itself, which only the run's own command repeats."""
+FAILURES = {
+    "collapse": "the model's language collapses",
+    "high_loss": "the loss is far too high",
+    "nonfinite": "NaN or infinity",
+    "no_progress": "the loss does not fall",
+}
+"""The failure patterns by the names under which `distill.watch` records them."""
+FIGURES = {
+    "perplexity": ("perplexity, with its ablations", "eval=perplexity"),
+    "passkey": ("recall, with its ablations", "eval=recall"),
+    "probes": ("language probes and layer outputs", "eval=probes"),
+}
+
+
 def write_report(folder: Path, source: Path | None = None) -> Path:
     """Write report.md and plots/ into a folder that has a metrics.json.
 
@@ -62,8 +81,13 @@ def write_report(folder: Path, source: Path | None = None) -> Path:
     drawn = draw_all(metrics, log, folder / "plots", pictures(metrics["phases"]))
     path = folder / "report.md"
     provenance, command = _json(source / "provenance.json"), _command(source)
-    atomic_write(path, render(metrics, drawn, log=log, provenance=provenance, command=command))
-    logger.info("report: %s", path)
+    config = _json(source / "config.json")
+    again = _again(metrics, source, config)
+    text = render(metrics, drawn, log=log, provenance=provenance, command=command, config=config, again=again)
+    atomic_write(path, text)
+    by_training = dict.fromkeys(TRAINED_PLOTS, command or again)
+    atomic_write(folder / "report.html", page(text, folder, {"": again, **by_training}))
+    logger.info("report: %s and report.html", path)
     return path
 
 
@@ -87,6 +111,8 @@ def render(
     log: Sequence[dict] = (),
     provenance: dict | None = None,
     command: str | None = None,
+    config: dict | None = None,
+    again: str = "python -m eval run=<folder>",
 ) -> str:
     """The report as Markdown.
 
@@ -94,6 +120,8 @@ def render(
         drawn: what `eval.plots.draw_all` returned.
         log: the lines of train.jsonl.
         command: how the run was started.
+        config: config.json of the run.
+        again: the command that measures the last phase again.
     """
     phases = metrics["phases"]
     student = last_student(metrics)
@@ -111,6 +139,7 @@ def render(
         title=_title(metrics),
         summary=summary(metrics, student),
         called=what_it_is(metrics),
+        notes=metrics.get("notes", []),
         verdicts=_verdicts(metrics),
         explained=explaining(main),
         recall_gain=f"{100 * RECALL_GAIN:.0f}",
@@ -135,7 +164,9 @@ def render(
         training=_training(metrics, log),
         replaced=_replaced(metrics),
         outputs=_outputs(main, student),
-        commands=_commands(command),
+        checklist=_checklist(metrics.get("checklist") or checklist(metrics, log, config)),
+        patterns=_patterns(patterns(metrics)),
+        commands=_commands(command, again, main),
         protocol=_protocol(metrics),
         reads=metrics.get("test_reads", len(phases)),
         plots={name: _plot(name, drawn.get(name, "it was not drawn")) for name in PLOTS},
@@ -445,13 +476,58 @@ def _outputs(main: dict, student: str | None) -> dict:
     }
 
 
-def _commands(command: str | None) -> list[dict]:
-    rows = [
-        {"figures": "every measured figure of the last phase", "command": "python -m eval run=<this folder>"}
+def _checklist(boxes: Sequence[dict]) -> list[dict]:
+    verdicts = {True: "met", False: "**not met**"}
+    return [
+        box
+        | {
+            "value": (box["value"] or DASH).replace("|", "\\|"),
+            "verdict": verdicts.get(box["passed"], f"not measured: {box['why']}"),
+        }
+        for box in boxes
     ]
+
+
+def _patterns(stages: Sequence[dict]) -> dict:
+    def cell(seen: dict | None, name: str) -> str:
+        if seen is None:
+            return "not measured: not watched for"
+        return f"**seen from step {seen[name]}**" if name in seen else "not seen"
+
+    rows = [
+        {"name": words, "cells": [cell(stage["seen"], name) for stage in stages] or [NO_STAGE]}
+        for name, words in FAILURES.items()
+    ]
+    return {"columns": [PHASE_WORDS[stage["phase"]] for stage in stages] or ["training"], "rows": rows}
+
+
+NO_STAGE = "not measured: no stage was trained"
+
+
+def _commands(command: str | None, again: str, main: dict) -> list[dict]:
+    rows = [{"figures": "every measured figure of the last phase", "command": again}]
     if command:
         rows.insert(0, {"figures": "all phases, the training and the plots", "command": command})
+    plain = shlex.join(part for part in shlex.split(again) if not part.startswith("eval="))
+    rows += [
+        {"figures": f"{words} of the last phase", "command": f"{plain} {option}"}
+        for name, (words, option) in FIGURES.items()
+        if main.get(name)
+    ]
     return rows
+
+
+def _again(metrics: dict, source: Path, config: dict | None) -> str:
+    """The command that measures the last phase again."""
+    if metrics.get("command"):
+        return metrics["command"]
+    if config is None:
+        return f"python -m eval model={metrics['model']}"
+    wanted = (config.get("eval") or {}).get("name", "quick")
+    place = source.resolve()
+    if place.is_relative_to(Path.cwd()):
+        place = place.relative_to(Path.cwd())
+    return f"python -m eval run={place}" + ("" if wanted == "quick" else f" eval={wanted}")
 
 
 def _protocol(metrics: dict) -> list[str]:

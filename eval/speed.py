@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from eval.ablation import is_replaced
 from eval.peak import peak_bytes
+from eval.stored import kept
 from eval.stream import Stream, cache_bytes, device_of, pieces, reach_of, slot_bytes
 from replace.convert import attention_layers
 
@@ -46,6 +47,7 @@ def prefill(model: PreTrainedModel, length: int, *, seed: int = 0, label: str = 
     return cache
 
 
+@kept
 def kept_bytes(model: PreTrainedModel, lengths: list[int]) -> list[dict]:
     """Bytes kept between tokens for one row at each length.
 
@@ -77,6 +79,7 @@ def kept_bytes(model: PreTrainedModel, lengths: list[int]) -> list[dict]:
     return results
 
 
+@kept
 def decode_speed(model: PreTrainedModel, lengths: list[int], *, steps: int = 12) -> list[dict]:
     """Greedy decoding of one row after contexts of each length.
 

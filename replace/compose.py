@@ -113,6 +113,21 @@ def _lacking(kind: type, stored: object, prefix: str = "") -> list[str]:
     return found
 
 
+def overridden(config: Config, overrides: Sequence[str]) -> Config:
+    """A config with single values replaced, checked as those of a command line are.
+
+    Raises:
+        UserError: an override was refused.
+    """
+    refuse_unknown(overrides)
+    node = OmegaConf.structured(config)
+    for override in parse(overrides):
+        if override.is_sweep_override():
+            raise bad_value(override.key_or_group, override.get_value_string(), "one value")
+        OmegaConf.update(node, override.key_or_group, override.value())
+    return typed(node)
+
+
 def parse(overrides: Sequence[str]) -> list[Override]:
     """Hydra's own reading of the overrides.
 

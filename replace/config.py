@@ -169,9 +169,10 @@ class LoraConfig:
 class EvalConfig:
     """What is measured: a named set, and how it is made up.
 
-    `base` is what every phase gets: quick (perplexity, probes, recall), one of these alone, or none; `more`
-    names measurements for the teacher and the last phase (`eval/measurements/`). `control` is the folder of a
-    run of equal budget with the same window and no memory, whose figures stand beside (`eval/control.py`).
+    `base` is what every phase gets: quick (perplexity, probes, recall), one of these alone, several joined by
+    +, or none; `more` names measurements for the teacher and the last phase (`eval/measurements/`). `control`
+    is the folder of a run of equal budget with the same window and no memory, whose figures stand beside
+    (`eval/control.py`).
     The rest is how large those are: `stream_tokens` at most of a book for `streaming`; the grid of `niah`
     (depths in % from the start, forms as in `replace/needles.py`, episodes a cell) and of `passkey`; lengths
     of context for `speed`.

@@ -21,6 +21,7 @@ from transformers import (
 from replace.config import ModelConfig
 from replace.errors import UserError, bad_value
 from replace.files import atomic_folder, atomic_write
+from replace.machine import free_memory
 from replace.tiny import tiny_config, tiny_model, tiny_tokenizer
 from replace.wheels import Wheel, cache_dir, fetch_wheel, sha256_of, writing_to_cache
 
@@ -73,18 +74,26 @@ def load_model(cfg: ModelConfig, dtype: torch.dtype = torch.float32) -> Loaded:
     if getattr(_config(cfg), "attn_logit_softcapping", None) is not None:
         options["attn_implementation"] = "eager"  # sdpa silently drops the soft cap
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+        # Only safetensors: the other format is a pickle, which runs what it likes.
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
     except (OSError, ValueError) as error:
         raise _not_loaded(cfg, error) from error
     return Loaded(model.eval(), load_tokenizer(cfg), _provenance(cfg, model.config))
 
 
-def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of the teacher of `cfg`; one without a pad token gets its end token as such."""
-    if cfg.kind == "tiny":
+def load_tokenizer(cfg: ModelConfig, folder: Path | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of the teacher of `cfg`; one without a pad token gets its end token as such.
+
+    Args:
+        folder: where a student of this teacher keeps its own, which is then read instead.
+    """
+    if cfg.kind == "tiny" and folder is None:
         return tiny_tokenizer()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(_source(cfg), **_options(cfg))
+        if folder is None:
+            tokenizer = AutoTokenizer.from_pretrained(_source(cfg), **_options(cfg))
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(folder, config=_config(cfg))
     except (OSError, ValueError) as error:
         raise _not_loaded(cfg, error) from error
     if tokenizer.pad_token is None:
@@ -131,6 +140,24 @@ def _facts(config: PretrainedConfig, parameters: int) -> ModelFacts:
         max_position=text.max_position_embeddings,
         parameters=parameters,
     )
+
+
+def check_memory(cfg: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
+    """Refuse a model whose weights alone need more memory than is free, before any of them is read.
+
+    Raises:
+        UserError: so it is.
+    """
+    parameters, free = check_model(cfg).parameters, free_memory()
+    size = parameters * torch.finfo(dtype).bits // 8
+    if size > free:
+        field, value = _named(cfg)
+        raise bad_value(
+            field,
+            value,
+            f"a model that fits into the {free / 2**30:.1f} GiB of memory that are free; this one has "
+            f"{parameters:,} parameters, {size / 2**30:.1f} GiB in {str(dtype).removeprefix('torch.')}",
+        )
 
 
 def _config(cfg: ModelConfig) -> PretrainedConfig:
@@ -184,8 +211,8 @@ def _not_loaded(cfg: ModelConfig, error: Exception) -> UserError:
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return UserError(
         f"{field}={value!r} could not be loaded ({reason.rstrip('.')}); allowed: a causal language model "
-        "that transformers knows, with its own code only if model.trust_remote_code=true, from a hub only "
-        "with a network."
+        "in safetensors that transformers knows, with its own code only if model.trust_remote_code=true, "
+        "from a hub only with a network."
     )
 
 

@@ -3,12 +3,15 @@
 import ctypes
 import logging
 import sys
+from pathlib import Path
 
+import psutil
 import torch
 
 logger = logging.getLogger(__name__)
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+CGROUP = Path("/sys/fs/cgroup")
 
 
 def keep_freed_memory() -> None:
@@ -31,3 +34,12 @@ def device_of_choice() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def free_memory() -> int:
+    """Bytes that can be taken without pushing anything out; a container's own limit (cgroup v2) counts."""
+    free = psutil.virtual_memory().available
+    limit, used = (CGROUP / name for name in ("memory.max", "memory.current"))
+    if limit.is_file() and used.is_file() and (most := limit.read_text().strip()).isdigit():
+        free = min(free, max(0, int(most) - int(used.read_text())))
+    return free

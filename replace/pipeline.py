@@ -26,14 +26,17 @@ from distill.stages import Stage, check_head, language_stage, transfer_stage
 from distill.trainer import train
 from eval.ablation import mixers as mixers_of
 from eval.ablation import parts_of
+from eval.checklist import checklist
 from eval.measure import Yardstick, conclude, keep_teacher, measure, yardstick
 from eval.metrics import FILE, comparable, new_metrics, read_metrics, write_metrics
-from eval.report import write_report
+from eval.plan import clear_tokens
+from eval.report import read_log, write_report
+from eval.stored import items_of
 from kernels.dispatch import force
 from replace.cache import ReplacedCacheLayer
 from replace.choice import layers_of, spec_of
 from replace.config import Config
-from replace.convert import Conversion, SwapSpec, attention_layers, probe_ids, swap
+from replace.convert import Conversion, SwapSpec, attention_layers, mixers, probe_ids, swap
 from replace.corpora import Document, load_documents, provenance_of
 from replace.errors import UserError
 from replace.export.write import export
@@ -41,8 +44,10 @@ from replace.files import atomic_write
 from replace.loading import Loaded, load_model, load_tokenizer
 from replace.logger import Logger, NoLogger, open_logger
 from replace.machine import device_of_choice, keep_freed_memory
+from replace.memory import MemoryMixer
 from replace.precision import autocast
 from replace.properties.examine import check as check_properties
+from replace.properties.examine import magnitudes
 from replace.retrieval import retrieval_layers, retrieval_scores
 from replace.validation import selected
 
@@ -67,6 +72,7 @@ def run(config: Config, run_dir: Path) -> dict:
     model = loaded.model.to(device_of_choice())  # type: ignore[arg-type]  # transformers' decorated `to`
     _write_provenance(run_dir, config, loaded, documents)
     metrics = _open_metrics(run_dir, config, loaded, model)
+    metrics["items"] = items_of(documents, loaded.tokenizer, clear_tokens(config.attention))
     using = yardstick(loaded.tokenizer, config, documents)
     log = open_logger(config, run_dir)
     try:
@@ -122,6 +128,7 @@ def _phases(
             if result is not None:
                 result |= continued_teacher(config, run_dir, documents, metrics["layers"], todo, using)
     conclude(metrics, parts)
+    metrics["checklist"] = checklist(metrics, read_log(run_dir / "train.jsonl"), dataclasses.asdict(config))
     write_metrics(run_dir, metrics)
     write_report(run_dir)
     logger.info("done: %s", run_dir / "report.md")
@@ -243,16 +250,32 @@ def describe(model: PreTrainedModel, conversion: Conversion, using: Yardstick) -
     model.train(training)
     outputs = using.reference.outputs if using.reference is not None else []
     order = [module.layer_idx for _, module in attention_layers(model)]
+    changes, inside = magnitudes(model), mixers(model)
     rows = []
     for replacement in conversion.replacements:
         slot = cache.layers[replacement.layer]
         row = dataclasses.asdict(replacement)
         if isinstance(slot, ReplacedCacheLayer) and slot.state is not None:
             row["state_bytes"] = sum(x.numel() * x.element_size() for x in slot.state.tensors().values())
+        row |= {"magnitude": changes.get(replacement.layer), **bounds_of(model, inside[replacement.layer])}
         if outputs:
             row["output"] = distribution(outputs[order.index(replacement.layer)])
         rows.append(row)
     return rows
+
+
+def bounds_of(model: PreTrainedModel, mixer: nn.Module) -> dict[str, float | None]:
+    """The factor on queries and keys, and the bound of updates, as far as a mixer has them."""
+    options, heads = getattr(mixer, "options", None), getattr(mixer, "heads", None)
+    if options is None or heads is None:
+        return {"scale": None, "clamp": None}
+    softmax = next((m.scaling for _, m in attention_layers(model) if hasattr(m, "scaling")), heads.dim**-0.5)
+    has_memory = bool(getattr(mixer, "has_memory", False))
+    own = options.scale if isinstance(mixer, MemoryMixer) else None
+    return {
+        "scale": float(softmax**0.5 if own is None else own),
+        "clamp": options.clamp if has_memory else None,
+    }
 
 
 def distribution(x: Tensor) -> dict[str, float]:

@@ -247,7 +247,8 @@ def _check_run(config: Config) -> None:
         )
     _one_of("lora.kind", config.lora.kind, ("none",))
     _one_of("eval.name", config.eval.name, tuple(choices("eval")))
-    _one_of("eval.base", config.eval.base, BASES)
+    for base in config.eval.base.split("+"):
+        _one_of("eval.base", base, BASES)
     if config.eval.control is not None:
         load_config(Path(config.eval.control).expanduser(), "eval.control")
     _one_of("logger.kind", config.logger.kind, ("none", "wandb"))
@@ -461,6 +462,16 @@ def _check_budget(config: Config) -> None:
             stage.tokens,
             f"at least {step}, one step of batch x length, or 0",
         )
+    check_eval_budget(config)
+
+
+def check_eval_budget(config: Config) -> None:
+    """Refuse an evaluation's sizes that are not possible with the config's attention.
+
+    Raises:
+        UserError: the first such size.
+    """
+    exact = config.attention.block + config.attention.window
     measured = config.budget.eval
     _require(
         measured.perplexity_length >= 2,

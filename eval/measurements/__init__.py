@@ -4,9 +4,11 @@ A measurement is a function under `@MEASUREMENTS.register("<name>")`,
 
     measure_it(model, tokenizer, config: Config, using: Yardstick) -> dict
 
-whose result joins the phase's dict in `metrics.json` (`eval.metrics` has the schema). It is called for the
-teacher and for the last phase, in evaluation mode, without gradients and in the precision of the config.
-What can be known to be wrong before a model is loaded is refused by a function under `CHECKS[<name>]`.
+whose result, in what JSON can hold, joins the phase's dict in `metrics.json` (`eval.metrics` has the schema).
+It is called for the teacher and for the last phase, in evaluation mode, without gradients and in the
+precision of the config. What can be known to be wrong before a model is loaded is refused by a function under
+`CHECKS[<name>]`. `python -m eval` keeps the result (`eval.stored`). A measurement that takes minutes marks
+its own parts `@kept`, functions whose first argument is the model, so that an interruption loses one part.
 """
 
 from collections.abc import Callable

@@ -47,7 +47,9 @@ def load(
     body = {"__init__": build, "_supports_sdpa": base._supports_sdpa and soft_cap is None}
     building: Any = type(base.__name__, (base,), body)
     try:
-        model, info = building.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)
+        model, info = building.from_pretrained(
+            folder, config=config, dtype=dtype, output_loading_info=True, use_safetensors=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
     except (OSError, ValueError) as error:
         raise bad_value("run", str(run_folder), f"{ALLOWED}; this one cannot be read ({error})") from error

@@ -23,6 +23,7 @@ from replace.convert import (
 )
 from replace.errors import UserError, bad_value
 from replace.layer import heads_of
+from replace.memory import MemoryMixer
 from replace.mixer import BlockMixer
 from replace.properties import Finding, Property, distance, found, scatter
 from replace.properties import layer as layer_properties
@@ -136,6 +137,27 @@ def _unless_excused(prop: Property, finding: Finding, teacher: Whole) -> Finding
     return found(
         prop.name, "", f"the model does not keep it with its own attention either ({own.figure:.1e})"
     )
+
+
+@torch.no_grad()
+def magnitudes(model: PreTrainedModel) -> dict[int, float]:
+    """How much a replaced layer's answer changes when its keys are doubled, for one layer of each kind.
+
+    Where there is a linear memory it is its features of the keys that are compared. With unit-norm keys
+    (L2 normalisation) this would be 0.
+    """
+    found = {}
+    with _undisturbed(model):
+        for one in _drawn_layers(model):
+            q, k, v, hidden = one.tensors
+            if isinstance(one.mixer, MemoryMixer):
+                place = torch.arange(one.length).expand(q.shape[0], -1)
+                _, doubled = one.mixer.features_of(q, 2 * k, place, one.call.scaling)
+                _, usual = one.mixer.features_of(q, k, place, one.call.scaling)
+                found[one.index] = distance(doubled, usual)
+            else:
+                found[one.index] = distance(one.attend(q, 2 * k, v, hidden), one.attend())
+    return found
 
 
 def length_for(options: list[AttentionConfig], pairs: bool = True) -> int:

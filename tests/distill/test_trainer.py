@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from distill.checkpoint import KEEP, Progress, load_stage, load_step, save_step
+from distill.checkpoint import KEEP, Progress, load_last, load_stage, load_step, save_step
 from distill.data import Batch, Mixture
 from distill.stages import Stage
 from distill.trainer import learning_rate, train
@@ -230,3 +230,40 @@ def test_a_budget_is_in_tokens_however_they_are_accumulated(accumulate):
     budget = StageBudget(tokens=4096, batch=2, length=256)
     mixture = Mixture(tiny_tokenizer(), documents(), config, budget, stage=2, share=0.0)
     assert mixture.steps == -(-8 // accumulate)
+
+
+def test_failure_patterns_are_watched_for_and_remembered(tmp_path, config, caplog):
+    model = Model()
+    training = train(model, stage_of(model, poison=(3, 4)), Rows(), config, tmp_path, NoLogger())
+    assert training["patterns"] == {"nonfinite": 3}
+    assert sum("likely cause" in record.getMessage() for record in caplog.records) == 1
+    again = train(model, stage_of(model), Rows(), config, tmp_path, NoLogger())
+    assert again["patterns"] == {"nonfinite": 3}
+
+
+def test_the_last_good_checkpoint_of_an_unfinished_run_is_found(tmp_path, config):
+    """A finished stage, and inside the next one the newest whole checkpoint, not a damaged one."""
+    model = Model()
+    assert load_last(tmp_path, model) is None
+    one = stage_of(model)
+    one.number = 1
+    train(model, one, Rows(), config, tmp_path, NoLogger())
+    assert load_last(tmp_path, Model()) == (1, None)
+    finished = model.weight.detach().clone()
+    with pytest.raises(KeyboardInterrupt):
+        train(model, stage_of(model, stop_at=9), Rows(), config, tmp_path, NoLogger())
+    other = Model()
+    assert load_last(tmp_path, other) == (2, 8)
+    assert not torch.equal(other.weight, finished)
+    newest = tmp_path / "checkpoints" / "stage2" / "step-0000008" / "state.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-4])
+    assert load_last(tmp_path, Model()) == (2, 6)
+
+
+def test_the_stages_of_the_run_that_was_taken_over_count(tmp_path, config):
+    model = Model()
+    (tmp_path / "first").mkdir()
+    train(model, stage_of(model), Rows(), config, tmp_path / "first", NoLogger())
+    other = Model()
+    assert load_last(tmp_path / "second", other, tmp_path / "first") == (2, None)
+    assert torch.equal(other.weight, model.weight)

@@ -133,6 +133,7 @@ def whole_run() -> dict:
                 "skipped_steps": 0,
                 "clamped": 0,
                 "nonfinite": 0,
+                "patterns": {},
             }
         if last:
             off = random.Random("off")
@@ -192,6 +193,9 @@ def whole_run() -> dict:
             "new_class": "ReplacedLlamaAttention",
             "parameters": 900_000,
             "state_bytes": 102_400,
+            "magnitude": 0.4,
+            "scale": 0.35,
+            "clamp": 1e4,
             "output": {"mean": 0.0, "std": 0.2, "min": -4.1, "max": 5.0, "beyond_fp16": 0.0},
         }
         for index in range(30)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from eval.intervals import bootstrap, clopper_pearson, paired_difference
+from eval.intervals import bootstrap, clopper_pearson, paired_difference, unpaired_difference
 
 
 @given(trials=st.integers(1, 60), share=st.floats(0, 1))
@@ -66,3 +66,25 @@ def test_bootstrap_is_seeded_and_needs_two_units():
     assert interval[1] - interval[0] == pytest.approx(2 * 1.96 / 200**0.5, rel=0.2)
     assert bootstrap(1, lambda draw: 1.0) is None
     assert bootstrap(5, lambda draw: float("nan")) is None
+
+
+def test_an_unpaired_difference_is_the_exact_interval_where_the_other_rate_is_known():
+    low, high = clopper_pearson(7, 20)
+    many = 10**7
+    assert unpaired_difference(7, 20, many // 2, many) == pytest.approx([low - 0.5, high - 0.5], abs=1e-3)
+
+
+def test_an_unpaired_difference_turns_with_its_sides_and_is_wider_than_a_paired_one():
+    one, other = [1] * 15 + [0] * 5, [1] * 8 + [0] * 12
+    low, high = unpaired_difference(15, 20, 8, 20)
+    assert [-high, -low] == pytest.approx(unpaired_difference(8, 20, 15, 20))
+    paired = paired_difference(one, other)["interval"]
+    assert low < paired[0] < 0.35 < paired[1] < high
+
+
+@pytest.mark.parametrize(("p", "q"), [(0.5, 0.5), (0.9, 0.6), (0.05, 0.1)])
+def test_an_unpaired_difference_covers(p, q):
+    draw = np.random.default_rng(0)
+    hits = draw.binomial(20, p, 400), draw.binomial(30, q, 400)
+    bounds = [unpaired_difference(int(a), 20, int(b), 30) for a, b in zip(*hits, strict=True)]
+    assert sum(low <= p - q <= high for low, high in bounds) >= 0.95 * 400

@@ -3,22 +3,33 @@
 import dataclasses
 import json
 import os
+import pickle
 import random
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import eval.measure as measure_module
-from eval.__main__ import _new_folder, main, parse
+from eval.__main__ import _new_folder, main
+from eval.arguments import listed, parse, sets_of
+from eval.measurements import MEASUREMENTS
 from eval.metrics import read_metrics
-from replace import pipeline
+from replace import loading, pipeline
 from replace.compose import compose
 from replace.errors import UserError
 
 WORDS = ("the", "old", "house", "stood", "near", "a", "river", "nobody", "knew", "who", "lived", "there")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """A cache of the test's own."""
+    monkeypatch.setenv("LAYER_REPLACE_CACHE", str(tmp_path / "cache"))
 
 
 def write_texts(folder, seed=0):
@@ -48,6 +59,22 @@ def evaluated(capsys, *arguments):
     printed = capsys.readouterr()
     assert code == 0, printed.err
     return read_metrics(Path(printed.out.strip()).parent)
+
+
+def sentence(capsys):
+    """The one sentence on stderr, progress bars aside."""
+    lines = [line for line in capsys.readouterr().err.split("\n") if "error: " in line or "Traceback" in line]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def save_tiny(folder, more_tokens=0):
+    """A folder with the tiny model."""
+    given = loading.load_model(compose(["model=tiny"]).model)
+    given.model.save_pretrained(folder)
+    given.tokenizer.add_tokens([f"<more {index}>" for index in range(more_tokens)])
+    given.tokenizer.save_pretrained(folder)
+    return given.model
 
 
 def test_a_run_is_measured_again_with_the_same_figures(finished, capsys):
@@ -115,6 +142,244 @@ def test_every_evaluation_of_a_model_has_a_folder_of_its_own(tmp_path, monkeypat
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", _new_folder("tiny").name)
 
 
+SMALL = ["budget=smoke", "eval=probes,perplexity"]
+
+
+def test_several_sets_are_one(monkeypatch):
+    both = sets_of(["recall", "perplexity"])
+    assert set(both.base.split("+")) == {"recall", "perplexity"}
+    assert both.name == "recall,perplexity"
+    assert sets_of(["probes", "quick"]).base == "quick"
+    more = {"a": ["x", "y"], "b": ["y", "z"]}
+
+    def composed(overrides):
+        config = compose([])
+        name = overrides[0].removeprefix("eval=")
+        config.eval.name, config.eval.base, config.eval.more = name, "none", list(more[name])
+        return config
+
+    monkeypatch.setattr("eval.arguments.choices", lambda group: list(more))
+    monkeypatch.setattr("eval.arguments.compose", composed)
+    assert sets_of(["a", "b"]).more == ["x", "y", "z"]
+    assert sets_of(["a", "b"]).base == "none"
+
+
+def test_a_list_may_be_written_in_any_way(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert listed("[a, 'b',a]") == listed("a,b") == ["a", "b"]
+    (tmp_path / "a,b").mkdir()
+    assert listed("a,b") == ["a,b"]
+
+
+def test_several_models_and_single_options(tmp_path, capsys):
+    write_texts(tmp_path / "texts")
+    save_tiny(tmp_path / "copy")
+    options = [f"model=tiny,{tmp_path / 'copy'}", f"data={tmp_path / 'texts'}", f"out={tmp_path / 'out'}"]
+    assert main([*options, *SMALL, "budget.eval.perplexity_tokens=1024"]) == 0
+    reports = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert [report.parent.parent for report in reports] == [tmp_path / "out"] * 2
+    phases = [read_metrics(report.parent)["phases"]["model"] for report in reports]
+    for phase in phases:
+        assert set(phase) == {"perplexity", "probes", "seconds", "test_reads"}
+        assert all("first 1024 tokens" in entry["protocol"] for entry in phase["perplexity"].values())
+    assert phases[0]["perplexity"] == phases[1]["perplexity"]
+    assert (reports[0].parent / "report.html").stat().st_size > 1000
+
+
+def test_a_rerun_computes_only_what_is_missing(tmp_path, capsys, caplog, monkeypatch):
+    write_texts(tmp_path / "texts")
+    options = ["model=tiny", f"data={tmp_path / 'texts'}", f"out={tmp_path / 'out'}", "budget=smoke"]
+    first = evaluated(capsys, *options, "eval=perplexity")
+    forwards = []
+    monkeypatch.setattr("eval.perplexity.token_losses", lambda *given: forwards.append(given))
+    with caplog.at_level("INFO"):
+        again = evaluated(capsys, *options, "eval=probes,perplexity")
+    assert not forwards
+    assert "results were in the cache, 1 were measured" in caplog.text
+    assert again["phases"]["model"]["perplexity"] == first["phases"]["model"]["perplexity"]
+    assert again["phases"]["model"]["probes"]
+    with pytest.raises(AttributeError):  # token_losses gives None now
+        main([*options, "eval=perplexity", "cache=false"])
+    assert forwards
+
+
+def test_an_interruption_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
+    write_texts(tmp_path / "texts")
+    options = ["model=tiny", f"data={tmp_path / 'texts'}", f"out={tmp_path / 'out'}", *SMALL]
+
+    def interrupted(*given, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure_module, "probe", interrupted)
+    assert main(options) == 130
+    error = sentence(capsys)
+    assert "interrupted" in error
+    assert str(tmp_path / "out") in error
+    phase = read_metrics(tmp_path / "out")["phases"]["model"]
+    assert phase["perplexity"]
+    assert "probes" not in phase
+    assert "was interrupted" in (tmp_path / "out" / "report.md").read_text()
+    monkeypatch.undo()
+    monkeypatch.setenv("LAYER_REPLACE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("eval.perplexity.token_losses", interrupted)  # in the cache, so never called
+    metrics = evaluated(capsys, *options)
+    assert metrics["phases"]["model"]["probes"]
+    assert metrics["notes"] == []
+
+
+def test_an_interruption_before_anything_was_measured_loses_nothing(tmp_path, capsys, monkeypatch):
+    write_texts(tmp_path / "texts")
+
+    def interrupted(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("eval.__main__.load_model", interrupted)
+    assert main(["model=tiny", f"data={tmp_path / 'texts'}", f"out={tmp_path / 'out'}", *SMALL]) == 130
+    assert "nothing is lost" in capsys.readouterr().err
+
+
+def test_what_is_asked_beyond_the_quick_set_is_measured_of_the_teacher_too(finished, capsys, monkeypatch):
+    asked = []
+
+    def extra(model, tokenizer, config, using):
+        asked.append(type(model).__name__)
+        return {"extra": {"value": 1.0 + len(asked)}}
+
+    monkeypatch.setitem(MEASUREMENTS._entries, "extra", extra)
+    out = finished / "extra"
+    given = [f"run={finished / 'run'}", "eval=probes", f"out={out}"]
+    metrics = evaluated(capsys, *given, "eval.more=[extra]", "eval.base=none")
+    assert len(asked) == 2
+    assert metrics["phases"]["teacher"]["extra"] == {"value": 2.0}
+    assert metrics["phases"]["stage1"]["extra"] == {"value": 3.0}
+    assert metrics["phases"]["teacher"]["perplexity"]
+    later = evaluated(capsys, *given)
+    assert later["phases"]["stage1"]["extra"] == {"value": 3.0}, "an earlier evaluation is added to"
+    again = evaluated(capsys, *given, "eval.more=[extra]", "eval.base=none")
+    assert again["phases"]["stage1"]["extra"] == {"value": 3.0}
+    assert len(asked) == 2
+
+
+@pytest.fixture
+def unfinished(finished, tmp_path):
+    """The run as it was when it was killed in stage 2."""
+    run = tmp_path / "unfinished"
+    shutil.copytree(finished / "run", run, ignore=shutil.ignore_patterns("model", "report*", "eval"))
+    config = json.loads((run / "config.json").read_text())
+    config["stages"] = [1, 2]
+    (run / "config.json").write_text(json.dumps(config))
+    return run
+
+
+def test_of_an_unfinished_run_the_last_good_checkpoint_is_measured(unfinished, finished, capsys, caplog):
+    metrics = evaluated(capsys, f"run={unfinished}", "eval=perplexity")
+    assert "stage 1, finished" in caplog.text
+    assert metrics["checkpoint"] == {"stage": 1, "step": None}
+    whole = read_metrics(finished / "run")["phases"]["stage1"]["perplexity"]
+    for book, entry in metrics["phases"]["stage1"]["perplexity"].items():
+        assert entry["ppl"] == pytest.approx(whole[book]["ppl"], rel=1e-3)
+    assert "did not finish" in (unfinished / "eval" / "report.md").read_text()
+
+
+def test_a_run_without_a_checkpoint_is_refused(unfinished, capsys):
+    shutil.rmtree(unfinished / "checkpoints")
+    assert main([f"run={unfinished}"]) == 2
+    error = sentence(capsys)
+    assert "whole checkpoint" in error
+    assert f"resume={unfinished}" in error
+
+
+def test_a_tokenizer_that_is_not_the_teacher_s_is_refused(finished, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished / "run", run)
+    file = run / "model" / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:-40]
+    file.write_text(json.dumps(tokenizer))
+    assert main([f"run={run}", "eval=probes"]) == 2
+    error = sentence(capsys)
+    assert "tokenizer" in error
+
+
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(tmp_path, capsys):
+    write_texts(tmp_path / "texts")
+    save_tiny(tmp_path / "model", more_tokens=300)
+    assert main([f"model={tmp_path / 'model'}", f"data={tmp_path / 'texts'}", *SMALL]) == 2
+    assert "tokenizer matches" in sentence(capsys)
+
+
+def test_a_model_larger_than_memory_is_refused_before_its_weights_are_read(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(loading, "free_memory", lambda: 100_000)
+    monkeypatch.setattr("eval.__main__.load_model", lambda cfg: pytest.fail("weights were read"))
+    assert main(["model=tiny", f"out={tmp_path / 'out'}", *SMALL]) == 2
+    error = sentence(capsys)
+    assert "fits into the 0.0 GiB of memory that are free" in error
+    assert "GiB in float32" in error
+
+
+def test_nothing_is_unpickled(tmp_path, capsys):
+    """Weights in a pickle are refused, and what the pickle would run does not run."""
+    write_texts(tmp_path / "texts")
+    folder, ran = tmp_path / "model", tmp_path / "ran"
+    model = save_tiny(folder)
+    (folder / "model.safetensors").unlink()
+
+    class Harm:
+        def __reduce__(self):
+            return Path.touch, (ran,)
+
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Harm()))
+    assert main([f"model={folder}", f"data={tmp_path / 'texts'}", *SMALL]) == 2
+    assert not ran.exists()
+    assert "safetensors" in sentence(capsys)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    assert main([f"model={folder}", f"data={tmp_path / 'texts'}", *SMALL]) == 2
+
+
+@pytest.mark.parametrize("room", ["replace", "distill", "eval", "kernels"])
+def test_no_room_reads_a_format_that_runs_code(room):
+    for path in (Path(__file__).parents[2] / room).rglob("*.py"):
+        found = re.search(
+            r"torch\.load\(|^import pickle|pickle\.load|allow_pickle=True", path.read_text(), re.M
+        )
+        assert found is None, path
+
+
+def test_a_model_s_own_code_needs_leave(finished, capsys, monkeypatch):
+    monkeypatch.chdir(finished)
+    assert main(["model=run/model", "data=texts", *SMALL]) == 2
+    error = sentence(capsys)
+    assert "trust_remote_code=true" in error
+    assert parse(["model=x", "model.trust_remote_code=true"])["trust_remote_code"] == "true"
+
+
+def test_a_run_and_its_teacher_are_compared_without_measuring(finished, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("eval.__main__.load_model", lambda cfg: pytest.fail("something was measured"))
+    assert main([f"compare=[tiny,{finished / 'run'}]"]) == 0
+    path = Path(capsys.readouterr().out.strip())
+    table = json.loads((path.parent / "compare.json").read_text())
+    assert [column["phases"] for column in table["columns"]] == [["teacher"], ["stage1"]]
+    cells = next(row["cells"] for row in table["rows"] if row["figure"].startswith("perplexity, "))
+    assert cells[1]["difference"]["paired"]
+    assert table["columns"][0]["missing"]
+    assert f"run={finished / 'run'}" in path.read_text()
+
+
+def test_a_model_is_measured_like_the_runs_that_it_is_compared_with(finished, capsys, tmp_path):
+    copy = tmp_path / "copy"
+    save_tiny(copy)
+    out = tmp_path / "out"
+    assert main([f"compare={finished / 'run'},{copy}", "eval=perplexity", f"out={out}"]) == 0
+    assert Path(capsys.readouterr().out.strip()) == out / "compare.md"
+    table = json.loads((out / "compare.json").read_text())
+    teacher = read_metrics(finished / "run")["phases"]["teacher"]["perplexity"]
+    for book, entry in teacher.items():
+        (cells,) = [row["cells"] for row in table["rows"] if row["figure"] == f"perplexity, {book}"]
+        assert cells[1]["value"] == pytest.approx(entry["ppl"], rel=1e-3)
+        assert cells[1]["difference"]["paired"]
+
+
 def test_lengths_beyond_a_model_s_positions_are_refused(tmp_path, capsys):
     write_texts(tmp_path)
     options = ["model=tiny", f"data={tmp_path}", f"out={tmp_path / 'out'}", "budget=paper"]
@@ -148,6 +413,15 @@ def test_any_model_is_measured_in_the_same_schema(tmp_path, capsys):
         (["model=tiny", "model=x"], ["model='x'", "one value"]),
         (["model=tiny", "budget=huge"], ["budget='huge'", "quick"]),
         (["model=tiny", "verbose=yes"], ["verbose='yes'", "true"]),
+        (["model=tiny", "eval=quick,all"], ["eval='all'", "recall"]),
+        (["model=tiny", "eval.bas=quick"], ["eval.bas='quick'", "did you mean base?"]),
+        (["model=tiny", "eval.base=all"], ["eval.base='all'", "quick"]),
+        (["model=tiny", "eval.more=[nothing]"], ["eval.more='nothing'"]),
+        (["model=tiny", "budget.eval.episodes=0"], ["budget.eval.episodes=0", "at least 1"]),
+        (["model=tiny", "budget.eval.episodes=many"], ["budget.eval.episodes='many'", "a whole number"]),
+        (["model=tiny", "budget.stage1.tokens=1"], ["budget.stage1.tokens='1'", "budget.eval.<key>"]),
+        (["model=tiny", "cache=no"], ["cache='no'", "true"]),
+        (["model=tiny", "compare=a"], ["compare='a'", "either"]),
         (["tiny"], ["argument='tiny'", "key=value"]),
         (["model="], ["argument='model='", "key=value"]),
         (["model=tiny", "data=nowhere.txt"], ["data.path='nowhere.txt'"]),
@@ -205,7 +479,7 @@ def test_an_interrupt_is_one_sentence(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().err
     assert said.startswith("error: interrupted")
     assert said.count("\n") == 1
-    assert not list(tmp_path.iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("module", ["eval", "replace", "replace.verify"])

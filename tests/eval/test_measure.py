@@ -2,6 +2,7 @@
 
 import copy
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def test_phases_follow_the_schema_and_their_plan(measured):
     assert problems(measured) == []
     teacher, between, last = (measured["phases"][name] for name in ("teacher", "swapped", "stage1"))
     assert "ablation" not in teacher
-    assert set(between["dev"]["ablation"]) == {"memory_and_pairs_off"}
+    assert "ablation" not in between["dev"]
     twins = {name: twin for name, twin in last["ablation"].items() if "why" not in twin}
     assert set(twins) == {*ABLATIONS, OTHER_TEXT}
     assert all("perplexity" in twin for twin in twins.values())
@@ -263,11 +264,11 @@ def test_a_yardstick_keeps_needles_clear_of_the_model_s_own_window(tiny, config,
 def test_episodes_are_those_of_a_length_and_depth():
     """They are spread over kinds and haystacks, so a mean over three depths has 3 / 4 of them."""
     budget = EvalBudget(episodes=8, phase_lengths=[1024], final_lengths=[1024, 4096])
-    grid = plan_for(budget, {"pairs": 30}, phase="stage1", final=False).grids[0]
-    places = [(cell.length, cell.depth) for cell in grid.cells]
-    assert {grid.episodes * places.count(place) for place in places} == {8}
-    means = [cell.group() for cell in grid.cells]
-    assert {grid.episodes * means.count(group) for group in means} == {6}
+    grids = plan_for(budget, {"pairs": 30}, phase="stage1", final=False).grids
+    places = [(cell.length, cell.depth) for grid in grids for cell in grid.cells * grid.episodes]
+    assert {places.count(place) for place in places} == {8}
+    means = [cell.group() for grid in grids for cell in grid.cells * grid.episodes]
+    assert {means.count(group) for group in means} == {6}
     few = plan_for(EvalBudget(episodes=1), {"memory": 1, "pairs": 1}, phase="stage3", final=True)
     assert {grid.episodes_of(name) for grid in few.grids for name in grid.ablations} == {1}
 
@@ -279,7 +280,12 @@ def test_plans_cost_what_they_say():
     assert sum(len(grid.cells) * grid.episodes for grid in between.grids) == 24
     assert {grid.ablations for grid in between.grids} == {("memory_and_pairs_off",)}
     final = plan_for(budget, both, phase="stage3", final=True)
-    long, filler = final.grids[1:3]
+    dev = plan_for(budget, both, phase="stage1", final=False, dev=True).dev
+    assert sum(len(grid.cells) * grid.episodes for grid in dev.grids) == 12
+    assert dev.halved
+    assert {grid.ablations for grid in dev.grids} == {()}
+    _, short_filler, long, filler = final.grids[:4]
+    assert short_filler.ablations == ("memory_and_pairs_off", "memory_off", "pairs_off")
     three = ("memory_off", "pairs_off", "memory_and_pairs_off")
     assert long.ablations == ("memory_and_pairs_off",)
     assert filler.ablations == ()
@@ -303,6 +309,12 @@ def test_plans_cost_what_they_say():
     assert not only(final, "recall").perplexity
     assert only(final, "perplexity").grids == ()
     assert only(final, "quick") == final
+    both = only(final, "recall+perplexity")
+    assert both.grids == final.grids
+    assert both.perplexity_ablations == final.perplexity_ablations
+    assert not both.probes
+    assert not both.state_lengths
+    assert only(final, "perplexity+recall+probes") == replace(final, state_lengths=(), decode_lengths=())
 
 
 def test_training_mode_is_given_back(tiny, config, documents):

@@ -17,6 +17,7 @@ def test_a_whole_run_is_reported_with_all_plots(run, train_log, tmp_path):
     write_metrics(tmp_path, run)
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in train_log))
     (tmp_path / "provenance.json").write_text('{"git": "abc"}')
+    (tmp_path / "config.json").write_text('{"budget": {"stage1": {"tokens": 2048, "length": 1024}}}')
     text = write_report(tmp_path).read_text()
     for name in PLOTS:
         assert (tmp_path / "plots" / name).stat().st_size > 10_000
