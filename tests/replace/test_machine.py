@@ -29,6 +29,6 @@ def test_a_model_fits_or_is_refused_by_the_size_of_its_weights(monkeypatch):
     loading.check_memory(config)
     monkeypatch.setattr(loading, "free_memory", lambda: size - 1)
     with pytest.raises(
-        UserError, match=r"model='tiny' .* fits into the 0\.0 GiB .* parameters, 0\.0 GiB in float32"
+        UserError, match=r"model.family='llama' .* fits into the 0\.0 GiB .* parameters, 0\.0 GiB in float32"
     ):
         loading.check_memory(config)
