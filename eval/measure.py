@@ -5,7 +5,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -322,11 +322,22 @@ def _ablated(
     switched = ablate(model, **ABLATIONS[name]) if name in ABLATIONS else nullcontext()
     with _timed(seconds, phase, f"{split}{name}"), switched:
         if name == OTHER_TEXT:
-            twin |= _recalls_with_other_state(model, tokenizer, grids, using)
-        else:
-            twin |= _recalls(model, grids, using, ablation=name)
+            items = replace(using, reference=None, dev=None, kept={})
+            return _with_other_state(model, tokenizer, config, grids, items, with_perplexity)
+        twin |= _recalls(model, grids, using, ablation=name)
         if with_perplexity:
             twin["perplexity"] = _perplexities(model, tokenizer, config, using, name)
+    return twin
+
+
+@kept
+def _with_other_state(
+    model, tokenizer, config: Config, grids: Sequence[Grid], using: Yardstick, with_perplexity: bool
+) -> dict[str, dict]:
+    """Recall and perplexity with the state of another text; kept as one, since neither is the model alone."""
+    twin = _recalls_with_other_state(model, tokenizer, grids, using)
+    if with_perplexity:
+        twin["perplexity"] = _perplexities(model, tokenizer, config, using, OTHER_TEXT)
     return twin
 
 

@@ -203,6 +203,20 @@ def test_a_rerun_computes_only_what_is_missing(tmp_path, capsys, caplog, monkeyp
     assert forwards
 
 
+def test_a_run_measured_twice_is_measured_once(finished, tmp_path, capsys, caplog):
+    """Ablations, other text's state and all; and what was read from the cache was no new look at test."""
+    run = finished / "run"
+    once = evaluated(capsys, f"run={run}", f"out={tmp_path / 'once'}")
+    with caplog.at_level("INFO"):
+        twice = evaluated(capsys, f"run={run}", f"out={tmp_path / 'twice'}")
+    assert "results were in the cache, 0 were measured" in caplog.text
+    phase = {name: figures for name, figures in once["phases"]["stage1"].items() if name != "seconds"}
+    again = {name: figures for name, figures in twice["phases"]["stage1"].items() if name != "seconds"}
+    assert phase["ablation"]["other_text_state"]["passkey"]
+    assert again.pop("test_reads") == phase.pop("test_reads") - 1
+    assert again == phase
+
+
 def test_an_interruption_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
     write_texts(tmp_path / "texts")
     options = ["model=tiny", f"data={tmp_path / 'texts'}", f"out={tmp_path / 'out'}", *SMALL]
