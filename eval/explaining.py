@@ -49,7 +49,7 @@ def who_carries(metrics: dict) -> str:
 def what_it_is(metrics: dict) -> str:
     """The words that the verdict gives to the whole model; empty where no layer was replaced."""
     words = (metrics.get("verdict") or {}).get("called") or []
-    return f"This model is **{', '.join(words)}**." if words else ""
+    return f"The rule calls it **{', '.join(words)}**." if words else ""
 
 
 def _recall(phase: dict, off: dict) -> str:

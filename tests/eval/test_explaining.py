@@ -158,7 +158,7 @@ def test_an_untrained_swap_with_the_memory_off_is_called_window_only(tiny, setti
     assert found["verdict"]["called"] == ["window-only"]
     assert found["verdict"]["memory"] == found["verdict"]["pairs"] == "window-only"
     assert found["verdict"]["carriers"] == {}
-    assert what_it_is(found) == "This model is **window-only**."
+    assert what_it_is(found) == "The rule calls it **window-only**."
     assert who_carries(found) == ""
 
 
