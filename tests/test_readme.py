@@ -9,19 +9,26 @@ PUBLISHED = ROOT / "eval" / "results" / "infini_paper_quick"
 
 
 def table(metrics: dict, published: dict) -> list[str]:
-    """The README's table: the default run's metrics, and those of Infini-attention as published."""
+    """The README's table: the default run's metrics, and those of Infini-attention as published.
+
+    Between the phases the dev text is read, so the untrained swap has figures there only.
+    """
     phases = metrics["phases"]
     teacher, swapped, student = phases["teacher"], phases["swapped"], phases["stage3"]
     off = student["ablation"]["memory_and_pairs_off"]
     columns = (teacher, swapped, student, off, published["phases"]["stage3"])
+    dev = [phase.get("dev", {}) for phase in columns]
 
-    def perplexity(phase: dict, book: str) -> str:
-        base, value = (p["perplexity"][book]["ppl"] for p in (teacher, phase))
-        return f"{value:.2f}" if phase is teacher else f"{value:.2f} ({100 * (value / base - 1):+.1f} %)"
+    def perplexity(phase: dict, base: dict, book: str) -> str:
+        if book not in phase.get("perplexity", {}):
+            return "–"
+        value, least = (p["perplexity"][book]["ppl"] for p in (phase, base))
+        return f"{value:.2f}" if phase is base else f"{value:.2f} ({100 * (value / least - 1):+.1f} %)"
 
-    def recall(phase: dict, task: str, length: int, distractors: bool = False) -> str:
+    def recall(phase: dict, tasks: tuple[str, ...], length: int, distractors: bool = False) -> str:
         means = [
             mean
+            for task in tasks
             for mean in phase.get(task, {}).get("means", [])
             if mean["length"] == length and bool(mean["distractors"]) == distractors
         ]
@@ -32,17 +39,23 @@ def table(metrics: dict, published: dict) -> list[str]:
     def state(phase: dict) -> str:
         return f"{phase['speed']['state'][-1]['bytes'] / 2**20:,.1f} MiB"
 
+    def row(name: str, cells: list[str]) -> str:
+        return f"| {name} | {' | '.join(cells)} |"
+
     heads = ["teacher", "swapped, untrained", "after stage 3", "pairs and memory off", "`infini_paper`"]
-    lines = [f"| | {' | '.join(heads)} |", "|---|---|---|---|---|---|"]
-    for book in teacher["perplexity"]:
-        cells = [perplexity(phase, book) for phase in columns]
-        lines.append(f"| perplexity, {book} | {' | '.join(cells)} |")
+    lines = [row("", heads).replace("|  |", "| |"), "|---|---|---|---|---|---|"]
+    for split, word in ((columns, ""), (dev, " (dev)")):
+        for book in split[0]["perplexity"]:
+            lines.append(
+                row(f"perplexity, {book}{word}", [perplexity(phase, split[0], book) for phase in split])
+            )
     for task, words in (("passkey", "pass key"), ("niah", "needle, phrasing never trained on")):
         for length in (1024, 4096):
-            cells = [recall(phase, task, length) for phase in columns]
-            lines.append(f"| {words}, {length:,} tokens | {' | '.join(cells)} |")
-    cells = [recall(phase, "passkey", 1024, True) for phase in columns]
-    lines.append(f"| pass key among 8 others, 1,024 tokens | {' | '.join(cells)} |")
+            cells = [recall(phase, (task,), length) for phase in columns]
+            lines.append(row(f"{words}, {length:,} tokens", cells))
+    lines.append(row("both, 1,024 tokens (dev)", [recall(phase, ("passkey", "niah"), 1024) for phase in dev]))
+    cells = [recall(phase, ("passkey",), 1024, True) for phase in columns]
+    lines.append(row("pass key among 8 others, 1,024 tokens", cells))
     lines.append(
         f"| bytes kept at 65,536 tokens | {state(teacher)} | | {state(student)} | | {state(columns[-1])} |"
     )
