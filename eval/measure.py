@@ -17,6 +17,7 @@ from eval.layer_outputs import Reference, capture, layer_outputs
 from eval.measurements import KEPT, MEASUREMENTS
 from eval.metrics import PHASES, comparable, count_test_reads, last_student, most_final
 from eval.niah import Cell, MakeEpisode, episodes_of, generated, recall_grid
+from eval.objective import objective
 from eval.other_text import Exchanged, OtherText, another, recall_with_other_state
 from eval.perplexity import perplexity, tokenise
 from eval.plan import (
@@ -395,6 +396,7 @@ def conclude(metrics: dict, parts: dict[str, Any]) -> None:
     student = last_student(metrics)
     metrics["parts"] = parts
     metrics["test_reads"] = count_test_reads(metrics)
+    metrics["objective"] = objective(metrics["phases"])
     if student is None:
         return
     phases = {name: comparable(phase) for name, phase in metrics["phases"].items()}

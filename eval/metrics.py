@@ -10,7 +10,8 @@
      "phases": {"<phase>": a phase}, "recovery": {"<figure>": {"value", "interval"} or with "why"},
      "verdict": {"called", "memory", "pairs", "memory_and_pairs", "carried_by_full_attention", "carriers",
                  "details"},
-     "items": see eval.stored.items_of, "checklist": see eval.checklist, "notes": [sentences],
+     "objective": see eval.objective, "items": see eval.stored.items_of, "checklist": see eval.checklist,
+     "notes": [sentences],
      "command": what gives the figures of an evaluation again,
      "checkpoint": {"stage", "step" or null} of a run that did not finish}
 

@@ -41,6 +41,7 @@ from replace.compose import (
 )
 from replace.config import Config
 from replace.errors import UserError, bad_value, quoted, resume_argument
+from replace.logger import report_refusal
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +103,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if _is_verbose(arguments):
             traceback.print_exc()
         for one in error.errors if isinstance(error, JobErrors) else [error]:
-            print(f"error: {_sentence(one, arguments)}", file=sys.stderr)
+            sentence = _sentence(one, arguments)
+            print(f"error: {sentence}", file=sys.stderr)
+            report_refusal(sentence)
         return 2
     except KeyboardInterrupt as interrupt:
         # A run says where it stands; before there is one, nothing can be continued.

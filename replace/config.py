@@ -210,10 +210,11 @@ class KernelsConfig:
 
 @dataclass
 class LoggerConfig:
-    """Where metrics go besides the run's folder: none or wandb."""
+    """Where metrics go besides the run's folder: none or wandb; `artifact`: the exported model as well."""
 
     kind: str = "none"
     project: str = "layer-replace"
+    artifact: bool = True
 
 
 @dataclass

@@ -29,6 +29,7 @@ from eval.ablation import parts_of
 from eval.checklist import checklist
 from eval.measure import Yardstick, conclude, keep_teacher, measure, yardstick
 from eval.metrics import FILE, comparable, new_metrics, read_metrics, write_metrics
+from eval.objective import objective
 from eval.plan import clear_tokens
 from eval.report import read_log, write_report
 from eval.stored import items_of
@@ -76,7 +77,12 @@ def run(config: Config, run_dir: Path) -> dict:
     using = yardstick(loaded.tokenizer, config, documents)
     log = open_logger(config, run_dir)
     try:
-        return _phases(config, run_dir, loaded, documents, metrics, using, log)
+        metrics = _phases(config, run_dir, loaded, documents, metrics, using, log)
+        log.results(metrics, run_dir)
+        return metrics
+    except (UserError, OSError) as error:
+        log.failed(str(error))
+        raise
     finally:
         log.finish()
 
@@ -195,8 +201,10 @@ def phase(metrics: dict, run_dir: Path, name: str, log: Logger) -> Iterator[dict
     metrics["wall_seconds"][name] = round(time.perf_counter() - began, 1)
     write_metrics(run_dir, metrics)
     books = comparable(result).get("perplexity", {})
+    figures = {f"{name}/perplexity/{book}": figures["ppl"] for book, figures in books.items()}
+    aim = objective(metrics["phases"])
     log.log(
-        {f"{name}/perplexity/{book}": figures["ppl"] for book, figures in books.items()},
+        figures | ({"objective": aim} if aim is not None else {}),
         step=result.get("training", {}).get("tokens", 0),
     )
     for book, figures in books.items():

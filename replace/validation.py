@@ -49,7 +49,7 @@ READ_BY: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
         "kind",
         {"path": ("files", "hf"), "name": ("hf",), "split": ("hf",), "text_field": ("files", "hf")},
     ),
-    "logger": ("kind", {"project": ("wandb",)}),
+    "logger": ("kind", {"project": ("wandb",), "artifact": ("wandb",)}),
 }
 LARGEST = 3.4e38
 """The largest number that fp32 holds."""

@@ -1,8 +1,11 @@
 """What holds for all tests."""
 
+import json
 import logging
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,3 +32,44 @@ def as_it_was() -> Iterator[None]:
     for name in (None, "replace", "distill", "eval", "kernels"):
         log = logging.getLogger(name)
         log.handlers[:] = [handler for handler in log.handlers if not isinstance(handler, Console)]
+
+
+@pytest.fixture
+def summaries() -> Callable[[Path], list[dict]]:
+    """Reads what the offline W&B runs below a folder would send as their summaries."""
+    return lambda folder: [_summary(path) for path in sorted(folder.rglob("*.wandb"))]
+
+
+def _summary(path: Path) -> dict:
+    """The keys of a summary as they stand at the end of a W&B file, with the last of history beside them."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    found: dict = {}
+    deadline = time.monotonic() + 30
+    while True:  # W&B's own process goes on writing for a moment after a run has finished
+        records = [Record.FromString(data) for data in _records(path.read_bytes())]
+        if any(record.HasField("exit") for record in records):
+            break
+        assert time.monotonic() < deadline, f"{path} has no end"
+        time.sleep(0.1)
+    for record in records:
+        for items in (record.history.item, record.summary.update):
+            for item in items:
+                found[item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
+    return found
+
+
+def _records(data: bytes) -> Iterator[bytes]:
+    """The records of a W&B file: a header of 7 bytes, then LevelDB's log format in blocks of 32 KiB."""
+    block, place, held = 32768, 7, b""
+    while place + 7 <= len(data):
+        left = block - place % block
+        length, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
+        if left < 7 or kind == 0:
+            place += left
+            continue
+        held += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            yield held
+            held = b""
