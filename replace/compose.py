@@ -27,7 +27,9 @@ from replace.errors import UserError, bad_value
 # Beside this package in a checkout and in an installed wheel alike. Not `import conf`: a folder `conf` in the
 # user's working directory would be found first.
 CONF = Path(__file__).resolve().parent.parent / "conf"
-GROUPS = tuple(sorted(folder.name for folder in CONF.iterdir() if any(folder.glob("*.yaml"))))
+SWEEPS = "sweep"
+"""The folder of W&B's sweep files, which are no options of a run."""
+GROUPS = tuple(sorted(d.name for d in CONF.iterdir() if any(d.glob("*.yaml")) and d.name != SWEEPS))
 
 OWN = "attention.own."
 """What the keys begin with that only a variant knows."""

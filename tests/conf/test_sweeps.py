@@ -15,11 +15,11 @@ import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 from replace.__main__ import normalise
-from replace.compose import CONF, compose
+from replace.compose import CONF, SWEEPS, compose
 from replace.errors import UserError
 from replace.validation import validate
 
-FILES = sorted((CONF / "sweep").glob("*.yaml"))
+FILES = sorted((CONF / SWEEPS).glob("*.yaml"))
 
 
 def read(path: Path) -> dict:
@@ -82,7 +82,7 @@ def test_wandb_s_own_schema_takes_every_sweep(tmp_path):
 @pytest.mark.slow
 def test_an_agent_s_command_runs(tmp_path, monkeypatch, summaries):
     """The very command line, with a model and a budget that a test can afford behind it."""
-    sweep = read(CONF / "sweep" / "window.yaml")
+    sweep = read(CONF / SWEEPS / "window.yaml")
     words = command_of(sweep, trials(sweep)[0])
     words = ["/usr/bin/env" if word == "${env}" else word for word in words]  # as the agent does
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
