@@ -5,10 +5,6 @@ model that it did not load keeps that forward, and gets what its `get_peft_model
 the fused MLP and projections. Whether the replaced layers are still gone through is proven each time.
 """
 
-import contextlib
-import io
-import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,11 +13,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from distill.lora.patching import import_unsloth, quiet
 from distill.lora.proof import Bypassed, probe_logits, prove
 from replace.config import Config
-from replace.wheels import cache_dir
-
-logger = logging.getLogger(__name__)
 
 FAILS = (
     Bypassed,
@@ -34,18 +28,6 @@ FAILS = (
     KeyError,
 )
 """How Unsloth says that a model is not for it; the model is then as it was and PEFT takes over."""
-
-
-def import_unsloth() -> Any:
-    """Import it, which patches torch and transformers; what it prints goes to the log.
-
-    To be called before transformers is imported where that can be had, since Unsloth warns otherwise.
-    """
-    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache_dir() / "unsloth"))
-    os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
-    with _quiet():
-        import unsloth
-    return unsloth
 
 
 def adapted_by_unsloth(
@@ -64,7 +46,7 @@ def adapted_by_unsloth(
     with _undone_on_failure(model), torch.random.fork_rng():
         told._saved_temp_tokenizer = tokenizer  # what its loading would have left there
         told.max_seq_length = config.budget.lora.length
-        with _quiet():
+        with quiet():
             wrapped = fast.get_peft_model(
                 model,
                 r=options.rank,
@@ -105,19 +87,6 @@ def _undone_on_failure(model: PreTrainedModel) -> Iterator[None]:
         raise
     finally:
         model.config.use_cache = use_cache
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Unsloth prints; a run's standard output is for results."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(said):
-            yield
-    finally:
-        for line in said.getvalue().splitlines():
-            if line.strip():
-                logger.info("%s", line.strip())
 
 
 def forget(model: nn.Module) -> None:

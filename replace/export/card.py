@@ -72,7 +72,7 @@ PEFT needs its `target_modules` named, as for any model type that it does not kn
 ## Limits
 
 - vLLM, SGLang and llama.cpp know nothing of the replaced layers: no vLLM, and no GGUF of a swapped model yet.
-- What fits into neither window, sinks, retained pairs nor memory is forgotten; the run's report says how much.
+- What fits into neither window, sinks, retained pairs nor memory is forgotten; the run's report says it.
 - It inherits what the base model gets wrong, and was tuned on little text beside what that was trained on.
 
 Licence: the weights are under the base model's{terms}; the `.py` files of layer-replace are under
