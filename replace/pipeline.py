@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicCache
 from distill.checkpoint import load_stage
 from distill.continued import continued_stage
 from distill.data import Mixture, check_text
-from distill.lora.tune import tune
+from distill.lora.tune import check_tuning, tune, tunes
 from distill.stages import Stage, check_head, language_stage, transfer_stage
 from distill.trainer import train
 from eval.ablation import mixers as mixers_of
@@ -71,6 +71,8 @@ def run(config: Config, run_dir: Path) -> dict:
     documents = load_documents(config.data)  # first: a mistake in the text should not wait for the model
     check_text(documents, load_tokenizer(config.model), config)
     loaded = load_model(config.model)
+    if tunes(config):
+        check_tuning(loaded.model, loaded.tokenizer, documents, config)
     model = loaded.model.to(device_of_choice())  # type: ignore[arg-type]  # transformers' decorated `to`
     _write_provenance(run_dir, config, loaded, documents)
     metrics = _open_metrics(run_dir, config, loaded, model)
@@ -107,8 +109,7 @@ def _phases(
     metrics["layers"] = [r.layer for r in conversion.replacements]
     metrics["replaced"] = describe(model, conversion, using)
     todo = [number for number in sorted(config.stages) if getattr(config.budget, f"stage{number}").tokens]
-    tuned = config.lora.kind != "none" and config.budget.lora.tokens > 0
-    final = "lora" if tuned else f"stage{todo[-1]}" if todo else "swapped"
+    final = "lora" if tunes(config) else f"stage{todo[-1]}" if todo else "swapped"
     with phase(metrics, run_dir, "swapped", log) as result:
         if result is not None:
             last = final == "swapped"
@@ -124,7 +125,7 @@ def _phases(
                 result |= measure(model, tokenizer, config, phase=f"stage{number}", final=last, using=using)
                 result["training"] = training
 
-    if tuned:
+    if tunes(config):
         _export(model, tokenizer, config, run_dir, "base", metrics)
         with phase(metrics, run_dir, "lora", log) as result:
             tuning = tune(model, tokenizer, config, run_dir, documents, log)

@@ -58,8 +58,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, chat: list[Message]) -> Encoded:
     """The tokens of a conversation; learnt are the assistant's turns with the mark that ends them.
 
     A turn is found by rendering the conversation up to it. Where the template renders an earlier turn in
-    another way once there are later ones (some drop its reasoning), that turn is not learnt. A token that
-    begins before a turn and ends in it belongs to the prompt.
+    another way once there are later ones (some drop its reasoning), that turn is not learnt. Where a token
+    would begin before a turn and end in it, the turns are tokenised apart, as a prompt is when it is answered.
 
     Raises:
         UserError: no turn can be found in what the template makes.
@@ -79,9 +79,16 @@ def encode(tokenizer: PreTrainedTokenizerBase, chat: list[Message]) -> Encoded:
             f"can be learnt; name one by lora.template ({', '.join(TEMPLATES)})."
         )
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    borders = encoded["offset_mapping"]
-    learnt = [any(start <= a and b <= stop for start, stop in turns) and a < b for a, b in borders]
-    return Encoded(torch.tensor(encoded["input_ids"]), torch.tensor(learnt))
+    offsets = encoded["offset_mapping"]
+    begins = {a for a, _ in offsets} | {len(text)}
+    if all(border in begins for turn in turns for border in turn):
+        learnt = [any(start <= a < stop for start, stop in turns) for a, _ in offsets]
+        return Encoded(torch.tensor(encoded["input_ids"]), torch.tensor(learnt))
+    borders = [0, *(border for turn in turns for border in turn), len(text)]
+    parts = [tokenizer(text[a:b], add_special_tokens=False)["input_ids"] for a, b in pairwise(borders)]
+    ids = [token for part in parts for token in part]
+    learnt = [bool(number % 2) for number, part in enumerate(parts) for _ in part]
+    return Encoded(torch.tensor(ids), torch.tensor(learnt))
 
 
 def spans(encoded: Encoded) -> list[list[int]]:

@@ -14,7 +14,7 @@ from distill.lora.choice import Choice, choose, this_machine
 from distill.lora.data import filler_of, tuning_data
 from distill.lora.held_out import compared, held_out_loss
 from distill.lora.proof import probe_logits
-from distill.lora.quantised import quantise, restore_full
+from distill.lora.quantised import check_bitsandbytes, quantise, restore_full
 from distill.lora.stage import lora_stage
 from distill.lora.targets import targets_of
 from distill.lora.unsloth import FAILS, adapted_by_unsloth, forget
@@ -25,6 +25,28 @@ from replace.logger import Logger
 from replace.precision import cast_once
 
 logger = logging.getLogger(__name__)
+
+
+def tunes(config: Config) -> bool:
+    """Whether a run has this phase."""
+    return config.lora.kind != "none" and config.budget.lora.tokens > 0
+
+
+def check_tuning(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[Document],
+    config: Config,
+) -> None:
+    """Refuse at the start of a run what would otherwise be refused after its stages.
+
+    Raises:
+        UserError: the chats, their template, the targets or QLoRA are not possible.
+    """
+    tuning_data(tokenizer, documents, config)
+    targets_of(model, config.lora.targets)
+    if config.lora.qlora:
+        check_bitsandbytes()
 
 
 def tune(
