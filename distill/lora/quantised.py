@@ -44,10 +44,21 @@ def quantise(model: PreTrainedModel, precision: str) -> dict[str, nn.Module]:
         )
         if full.bias is not None:
             small.bias = nn.Parameter(full.bias.detach().clone(), requires_grad=False)
-        setattr(parent, name, small.to(device))  # quantises
+        setattr(parent, name, trained_through(small.to(device)))  # quantises
         kept[path] = full.cpu()
     model.is_loaded_in_4bit = True  # type: ignore[assignment]  # what PEFT looks at
     return kept
+
+
+def trained_through(layer: nn.Module) -> nn.Module:
+    """Keep a 4-bit layer in the form that a backward can read.
+
+    On some CPUs bitsandbytes packs the weight anew in the first forward without gradient, and for good; a
+    backward is then wrong, without an error.
+    """
+    if hasattr(layer, "support_avx512bf16_for_cpu"):
+        layer.support_avx512bf16_for_cpu = False
+    return layer
 
 
 def restore_full(model: PreTrainedModel, kept: dict[str, nn.Module]) -> None:
@@ -75,7 +86,7 @@ def check_bitsandbytes() -> None:
     try:
         layer = bitsandbytes.nn.Linear4bit(128, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4")
         layer = layer.to(device)
-        out = layer(torch.ones(1, 128, device=device, requires_grad=True))
+        out = trained_through(layer)(torch.ones(4, 128, device=device, requires_grad=True))
         out.sum().backward()
     except (RuntimeError, NotImplementedError, OSError, AttributeError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")

@@ -59,7 +59,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, chat: list[Message]) -> Encoded:
 
     A turn is found by rendering the conversation up to it. Where the template renders an earlier turn in
     another way once there are later ones (some drop its reasoning), that turn is not learnt. Where a token
-    would begin before a turn and end in it, the turns are tokenised apart, as a prompt is when it is answered.
+    would begin before a turn and end in it, turns are tokenised apart, as a prompt is when it is answered.
 
     Raises:
         UserError: no turn can be found in what the template makes.

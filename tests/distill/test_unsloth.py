@@ -59,6 +59,7 @@ def test_four_bit_is_for_the_training_alone_and_the_export_loads_in_it(found):
     four = found["four_bit"]
     if "backend" not in four:
         pytest.skip(four["why"])
+    assert four["backend"] == "unsloth", four["why"]
     assert four["losses"][-1] < four["losses"][0]
     assert four["kinds"] == ["Linear"]
     assert four["linear"] == ["Linear4bit"]
