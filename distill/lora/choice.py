@@ -76,7 +76,7 @@ def why_not_unsloth(options: LoraConfig, machine: Machine) -> str | None:
     if machine.sharded is not None:
         return f"{machine.sharded} shards the model, which Unsloth's patches read past"
     if machine.unsloth is None:
-        return "Unsloth is not installed here (README, `Unsloth`, has the commands)"
+        return "Unsloth is not installed here (README, `Tuning`, has the commands)"
     if not machine.gpus and Version(machine.unsloth) < ON_CPU:
         return f"Unsloth {machine.unsloth} needs a GPU (from {ON_CPU} on it runs without one)"
     return None

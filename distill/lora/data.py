@@ -55,7 +55,7 @@ def tuning_data(
         texts = [Encoded(row, everything) for row in blocks(train, tokenizer, budget.length)]
         rows = pack(texts, budget.length, filler=filler_of(tokenizer))
         return _data(rows, [], config, {"kind": "text", "documents": len(train)})
-    use_template(tokenizer, options.template)
+    template = use_template(tokenizer, options.template)
     chats = offline_chats() if options.path is None else read_chats(options.path)
     held = [number for number, chat in enumerate(chats) if _is_held_out(chat)] or [len(chats) - 1]
     train_chats = [chat for number, chat in enumerate(chats) if number not in set(held)]
@@ -76,7 +76,7 @@ def tuning_data(
         "conversations": len(train_chats),
         "read": len(encoded),
         "held_out": len(held),
-        "template": options.template or "the tokenizer's own",
+        "template": template,
     }
     rows = pack(encoded, budget.length, filler=filler_of(tokenizer))
     return _data(rows, [encode(tokenizer, chats[number]) for number in held[:HELD_OUT_READ]], config, about)

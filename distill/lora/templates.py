@@ -34,17 +34,22 @@ MARKS = {
 }
 
 
-def use_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> None:
-    """Have `tokenizer` speak the template `name`; None keeps its own. An export then carries it too.
+def use_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> str:
+    """Have `tokenizer` speak the template `name`; an export then carries it too.
+
+    None keeps its own, or gives it the plain one if it has none, as those of base models.
+
+    Returns:
+        what it speaks, in words.
 
     Raises:
-        UserError: no such template, none of its own, or a vocabulary without the template's marks.
+        UserError: no such template, or a vocabulary without the template's marks.
     """
+    if name is None and tokenizer.chat_template:
+        return "the tokenizer's own"
     if name is None:
-        if not tokenizer.chat_template:
-            allowed = f"one of {', '.join(TEMPLATES)}, since this model's tokenizer has no chat template"
-            raise bad_value("lora.template", name, allowed)
-        return
+        tokenizer.chat_template = TEMPLATES["plain"]
+        return "plain, since the tokenizer has none of its own"
     if name not in TEMPLATES:
         raise bad_value("lora.template", name, [*TEMPLATES, "null (the tokenizer's own)"])
     missing = [mark for mark in MARKS[name] if mark not in tokenizer.get_vocab()]
@@ -52,6 +57,7 @@ def use_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> None:
         allowed = f"plain, or null for the tokenizer's own; its vocabulary has no {' and no '.join(missing)}"
         raise bad_value("lora.template", name, allowed)
     tokenizer.chat_template = TEMPLATES[name]
+    return name
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, chat: list[Message]) -> Encoded:

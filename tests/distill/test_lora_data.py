@@ -143,9 +143,14 @@ def test_a_turn_that_is_rendered_anew_later_is_not_learnt():
     assert [tokenizer.decode(span) for span in spans(encode(tokenizer, chat))] == ["so|Two.<eos>"]
 
 
-def test_a_tokenizer_without_template_needs_a_name():
-    with pytest.raises(UserError, match=r"lora.template=None.*chatml, llama3, plain"):
-        use_template(tiny_tokenizer(), None)
+def test_a_tokenizer_without_template_gets_a_plain_one():
+    tokenizer = tiny_tokenizer()
+    assert use_template(tokenizer, None).startswith("plain, since")
+    assert tokenizer.chat_template == TEMPLATES["plain"]
+    assert use_template(tokenizer, None) == "the tokenizer's own"
+
+
+def test_a_template_needs_a_vocabulary_with_its_marks():
     with pytest.raises(UserError, match=r"lora.template='chatml'.*no <\|im_start\|>"):
         use_template(tiny_tokenizer(), "chatml")
     with pytest.raises(UserError, match=r"lora.template='vicuna'"):
