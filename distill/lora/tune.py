@@ -1,5 +1,6 @@
 """The tuning from top to bottom: choose, adapt, prove, train, save, merge."""
 
+import copy
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,7 +44,7 @@ def check_tuning(
     Raises:
         UserError: the chats, their template, the targets or QLoRA are not possible.
     """
-    tuning_data(tokenizer, documents, config)
+    tuning_data(copy.deepcopy(tokenizer), documents, config)  # its template is the tuning's to set
     targets_of(model, config.lora.targets)
     if config.lora.qlora:
         check_bitsandbytes()
