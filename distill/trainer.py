@@ -93,7 +93,7 @@ def _steps(model: nn.Module, stage: Stage, mixture: Rows, config: Config, run_di
     scaler = torch.amp.GradScaler(device.type, init_scale=counters.pop("scale", 2.0**16), enabled=half)
     scaler.scale(torch.zeros((), device=device))  # sets it up: the stages multiply by its scale themselves
     start_counts, carried = counts(model), (counters["clamped"], counters["nonfinite"])
-    watch = Watch(stage.number, steps, vocabulary_of(model), counters.setdefault("patterns", {}))
+    watch = Watch(stage.title, steps, vocabulary_of(model), counters.setdefault("patterns", {}))
     skipped_in_row, began, tokens_begun = 0, time.perf_counter(), counters["tokens"]
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
     model.train()
