@@ -31,6 +31,11 @@ class Batch:
     answers: Tensor
     padding: Tensor | None = None
 
+    def to(self, device: torch.device) -> "Batch":
+        """The same rows on a device."""
+        padding = None if self.padding is None else self.padding.to(device)
+        return Batch(self.input_ids.to(device), self.answers.to(device), padding)
+
 
 def check_text(documents: list[Document], tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
     """Refuse text that is too short for a row of a stage that will run.

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,9 @@ from replace.rotary import family_rotation, unrotate
 
 logger = logging.getLogger(__name__)
 
-NAMES = {1: "transfer", 2: "new layers", 3: "full model"}
+LORA = 4
+"""The number of the tuning with adapters, which comes after the three stages."""
+NAMES = {1: "transfer", 2: "new layers", 3: "full model", LORA: "adapters"}
 KINDS = ("projection", "map", "gate", "score")
 
 StepResult = dict[str, float]
@@ -42,14 +45,30 @@ class Stage:
 
     Attributes:
         groups: optimizer groups, `{"params", "lr", "weight_decay", "name"}`.
-        step: adds the gradients of a batch, scaled by its second argument, and returns the losses.
+        step: adds the gradients of a batch, scaled by its second argument, and returns the losses; a batch is
+            what its rows are made of: `Batch`, or `Packed` for the adapters.
         names: the trainable parameters' names, what a checkpoint must hold.
     """
 
     number: int
     groups: list[dict]
-    step: Callable[[Batch, float], StepResult]
+    step: Callable[[Any, float], StepResult]
     names: list[str]
+
+    @property
+    def phase(self) -> str:
+        """The name of its phase, and of its checkpoints' folder."""
+        return phase_of(self.number)
+
+    @property
+    def title(self) -> str:
+        """What a sentence calls it."""
+        return "lora" if self.number == LORA else f"stage {self.number}"
+
+
+def phase_of(number: int) -> str:
+    """The phase of a stage: stage1 to stage3, lora."""
+    return "lora" if number == LORA else f"stage{number}"
 
 
 class Stop(Exception):

@@ -5,14 +5,14 @@ import logging
 import math
 import time
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from distill.checkpoint import Progress, load_stage, load_step, save_stage, save_step
-from distill.data import Mixture
-from distill.stages import NAMES, Stage, StepResult, replaced_layers
+from distill.stages import LORA, NAMES, Stage, StepResult, replaced_layers
 from distill.watch import Watch
 from replace.config import Config
 from replace.errors import UserError
@@ -24,6 +24,17 @@ logger = logging.getLogger(__name__)
 
 LOG_EVERY = 5
 """Steps between two lines of train.jsonl."""
+
+
+class Rows(Protocol):
+    """The rows of one stage: `distill.data.Mixture`, or those of the adapters."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the stage."""
+
+    def batch(self, step: int, accumulate: int = 1, part: int = 0) -> Any:
+        """The rows of a step, or of one of its parts: with `input_ids` and `to(device)`."""
 
 
 def learning_rate(step: int, steps: int, warmup: float) -> float:
@@ -48,9 +59,7 @@ def vocabulary_of(model: nn.Module) -> int | None:
     return None if config is None else config.get_text_config(decoder=True).vocab_size
 
 
-def train(
-    model: nn.Module, stage: Stage, mixture: Mixture, config: Config, run_dir: Path, log: Logger
-) -> dict:
+def train(model: nn.Module, stage: Stage, mixture: Rows, config: Config, run_dir: Path, log: Logger) -> dict:
     """Run one stage, or what is left of it.
 
     Returns:
@@ -59,10 +68,10 @@ def train(
     Raises:
         UserError: `stage.max_skipped` steps in a row had a non-finite loss or gradient.
     """
-    folder = run_dir / "checkpoints" / f"stage{stage.number}"
+    folder = run_dir / "checkpoints" / stage.phase
     finished = load_stage(folder, model)
     if finished is not None:
-        logger.info("stage %d is finished already and is taken from its checkpoint", stage.number)
+        logger.info("%s is finished already and is taken from its checkpoint", stage.title)
         return finished["training"]
     with cast_once(model, config.precision):
         training = _steps(model, stage, mixture, config, run_dir, log)
@@ -70,23 +79,21 @@ def train(
     return training
 
 
-def _steps(
-    model: nn.Module, stage: Stage, mixture: Mixture, config: Config, run_dir: Path, log: Logger
-) -> dict:
+def _steps(model: nn.Module, stage: Stage, mixture: Rows, config: Config, run_dir: Path, log: Logger) -> dict:
     """The steps that are left of a stage; returns its counters."""
-    options, folder = config.stage, run_dir / "checkpoints" / f"stage{stage.number}"
+    options, folder = config.stage, run_dir / "checkpoints" / stage.phase
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(stage.groups, betas=(0.9, 0.99))
     base = [group["lr"] for group in optimizer.param_groups]
     # Half precision's range is too small for gradients as they are; bf16 and fp32 need no scaling.
     half = dtype_of(config.precision, device) == torch.float16
     steps, progress = mixture.steps, load_step(folder, stage.names, model, optimizer) or Progress(0, {})
-    _forget_steps(run_dir, stage.number, progress.step)
+    _forget_steps(run_dir, stage, progress.step)
     counters = {"skipped_steps": 0, "clamped": 0, "nonfinite": 0, "tokens": 0} | progress.counters
     scaler = torch.amp.GradScaler(device.type, init_scale=counters.pop("scale", 2.0**16), enabled=half)
     scaler.scale(torch.zeros((), device=device))  # sets it up: the stages multiply by its scale themselves
     start_counts, carried = counts(model), (counters["clamped"], counters["nonfinite"])
-    watch = Watch(stage.number, steps, vocabulary_of(model), counters.setdefault("patterns", {}))
+    watch = Watch(stage.title, steps, vocabulary_of(model), counters.setdefault("patterns", {}))
     skipped_in_row, began, tokens_begun = 0, time.perf_counter(), counters["tokens"]
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
     model.train()
@@ -94,7 +101,7 @@ def _steps(
         range(progress.step, steps),
         initial=progress.step,
         total=steps,
-        desc=f"stage {stage.number}: {NAMES[stage.number]}",
+        desc=f"{stage.title}: {NAMES[stage.number]}",
         leave=False,
     )
     last: StepResult = {}
@@ -104,8 +111,7 @@ def _steps(
             group["lr"] = rate * factor
         parts: list[StepResult] = []
         for part in range(options.accumulate):
-            batch = mixture.batch(step, options.accumulate, part)
-            batch = type(batch)(batch.input_ids.to(device), batch.answers.to(device), batch.padding)
+            batch = mixture.batch(step, options.accumulate, part).to(device)
             with autocast(config.precision, device):
                 parts.append(stage.step(batch, scaler.get_scale() / options.accumulate))
             counters["tokens"] += batch.input_ids.numel()
@@ -123,8 +129,8 @@ def _steps(
             skipped_in_row += not searching
             healthy = searching
             logger.warning(
-                "stage %d, step %d: loss %s, gradient norm %s; the step is skipped",
-                stage.number,
+                "%s, step %d: loss %s, gradient norm %s; the step is skipped",
+                stage.title,
                 step,
                 last["loss"],
                 norm,
@@ -137,22 +143,23 @@ def _steps(
         watch(step, last, norm, finite=healthy and not counters["nonfinite"])
         if skipped_in_row >= options.max_skipped:
             raise UserError(
-                f"stage {stage.number} skipped {skipped_in_row} steps in a row for a non-finite loss or "
-                "gradient; lower its learning rates (stage.lr_*) or attention.clamp, or use precision=fp32."
+                f"{stage.title} skipped {skipped_in_row} steps in a row for a non-finite loss or gradient; "
+                f"lower its learning rates ({'lora.lr' if stage.number == LORA else 'stage.lr_*'}) or "
+                "attention.clamp, or use precision=fp32."
             )
         counters.setdefault("loss_first", last["loss"])
         counters["loss_last"] = last["loss"]
         bar.set_postfix(loss=f"{last['loss']:.3f}")
         if step % LOG_EVERY == 0 or step == steps - 1:
             rate = (counters["tokens"] - tokens_begun) / max(1e-9, time.perf_counter() - began)
-            _log_step(run_dir, log, stage.number, step, last, counters, base[0] * factor, rate)
+            _log_step(run_dir, log, stage, step, last, counters, base[0] * factor, rate)
         if (step + 1) % options.checkpoint_every == 0 and step + 1 < steps:
             progress = Progress(step + 1, counters | {"scale": scaler.get_scale()})
             save_step(folder, stage.names, model, optimizer, progress)
     return dict(counters)
 
 
-def _forget_steps(run_dir: Path, stage: int, step: int) -> None:
+def _forget_steps(run_dir: Path, stage: Stage, step: int) -> None:
     """Drop what an interrupted try logged after the checkpoint from which the stage goes on."""
     path = run_dir / "train.jsonl"
     if not path.exists():
@@ -163,7 +170,7 @@ def _forget_steps(run_dir: Path, stage: int, step: int) -> None:
             entry = json.loads(line)
         except ValueError:  # the line in which the run was killed
             continue
-        if (entry["stage"], entry["step"]) < (stage, step):
+        if (LORA if entry["stage"] == "lora" else entry["stage"], entry["step"]) < (stage.number, step):
             kept.append(line)
     atomic_write(path, "".join(f"{line}\n" for line in kept))
 
@@ -171,7 +178,7 @@ def _forget_steps(run_dir: Path, stage: int, step: int) -> None:
 def _log_step(
     run_dir: Path,
     log: Logger,
-    stage: int,
+    stage: Stage,
     step: int,
     losses: StepResult,
     counters: dict,
@@ -180,7 +187,7 @@ def _log_step(
 ) -> None:
     """One line of train.jsonl; its losses go to the logger too."""
     line = {
-        "stage": stage,
+        "stage": "lora" if stage.number == LORA else stage.number,
         "step": step,
         "tokens": counters["tokens"],
         "loss": losses["loss"],
@@ -194,7 +201,7 @@ def _log_step(
     with (run_dir / "train.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
     log.log(
-        {f"stage{stage}/{key}": value for key, value in line["losses"].items()}
-        | {f"stage{stage}/loss": losses["loss"]},
+        {f"{stage.phase}/{key}": value for key, value in line["losses"].items()}
+        | {f"{stage.phase}/loss": losses["loss"]},
         counters["tokens"],
     )

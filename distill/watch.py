@@ -61,13 +61,14 @@ class Watch:
     """Looks at each step of one stage.
 
     Args:
+        stage: what a sentence calls it.
         steps: of the whole stage.
         vocabulary: the model's, None where it is not known.
         seen: pattern -> step at which it was first seen; filled here, so that a resumed stage goes on.
     """
 
     def __init__(
-        self, stage: int, steps: int, vocabulary: int | None, seen: MutableMapping[str, int]
+        self, stage: str, steps: int, vocabulary: int | None, seen: MutableMapping[str, int]
     ) -> None:
         self.stage = stage
         self.steps = steps
@@ -114,7 +115,7 @@ class Watch:
         self.seen[name] = step
         found = PATTERNS[name]
         logger.warning(
-            "stage %d, step %d: %s (%s); likely cause: %s; remedy: %s.",
+            "%s, step %d: %s (%s); likely cause: %s; remedy: %s.",
             self.stage,
             step,
             found.symptom,

@@ -137,9 +137,14 @@ def _finite(phases: dict) -> Box:
     )
 
 
+def _called(stage: int | str) -> str:
+    """A stage in words; the tuning has no number."""
+    return stage if isinstance(stage, str) else f"stage {stage}"
+
+
 def _converged(section: str, words: str, log: Sequence[dict], only: int | None) -> Box:
     shares = []
-    for stage in sorted({line["stage"] for line in log}):
+    for stage in sorted({line["stage"] for line in log}, key=str):
         losses = [line["loss"] for line in log if line["stage"] == stage and line.get("loss") is not None]
         if (only is None or stage == only) and len(losses) >= LINES:
             tenth = max(1, len(losses) // 10)
@@ -150,7 +155,7 @@ def _converged(section: str, words: str, log: Sequence[dict], only: int | None) 
         section,
         words,
         "last tenth of the logged steps below the first",
-        "; ".join(f"stage {stage}: {share:.2f} of the first" for stage, share in shares) or None,
+        "; ".join(f"{_called(stage)}: {share:.2f} of the first" for stage, share in shares) or None,
         all(share < 1 for _, share in shares) if shares else None,
         f"{which} of at least {LINES} logged steps is needed",
     )
@@ -236,7 +241,7 @@ def _detection(phases: dict) -> Box:
 
 def _logged(log: Sequence[dict], phases: dict) -> Box:
     trained = [name for name, phase in phases.items() if "training" in phase]
-    stages = {f"stage{line['stage']}" for line in log}
+    stages = {_called(line["stage"]).replace(" ", "") for line in log}
     return _box(
         BUILDING,
         "training is logged",

@@ -30,7 +30,9 @@ A phase is one of PHASES and has, as far as it was measured,
      "speed": {"state": see eval.speed.kept_bytes, "decode": see eval.speed.decode_speed},
      "generation": {"episodes", "exact", "agrees"}, "seconds": {"<measurement>": seconds},
      "training": {"tokens", "loss_first", "loss_last", "skipped_steps", "clamped", "nonfinite",
-                  "patterns": {"<of distill.watch>": step at which it was first seen}}}
+                  "patterns": {"<of distill.watch>": step at which it was first seen}},
+     "tuning" (of lora): {"backend": peft or unsloth, "why", "targets", "rank", "data", "merge_difference",
+                          "held_out": {"before", "after", "difference", "standard_error", "tokens", "rows"}}}
 
 Splits. What stands in a phase itself was measured on the test text, what stands in its "dev" on the dev text.
 The swap and the stages before the last have figures on dev alone; the teacher and the last phase have both:

@@ -118,7 +118,7 @@ def loss_by_stage(log: Sequence[dict]) -> Figure:
         axis.plot(tokens, losses, ".", color=SKY, markersize=4, label="logged step")
         axis.plot(tokens, _running_mean(losses), color=BLUE, label="running mean")
         scale_of(axis, losses)
-        axis.set_title(f"stage {stage.removeprefix('stage')}")
+        axis.set_title(PHASE_WORDS.get(stage, f"stage {stage.removeprefix('stage')}"))
         axis.set_xlabel("thousand tokens")
     axes[0][0].set_ylabel("loss")
     axes[0][0].legend(frameon=False)

@@ -410,7 +410,9 @@ def _training(metrics: dict, log: Sequence[dict]) -> list[dict]:
                 {
                     "name": PHASE_WORDS[name],
                     "tokens": f"{entry.get('tokens', 0):,}",
-                    "loss": _loss(entry, [line for line in log if f"stage{line['stage']}" == name]),
+                    "loss": _loss(
+                        entry, [line for line in log if str(line["stage"]) == name.removeprefix("stage")]
+                    ),
                     "skipped": entry.get("skipped_steps", DASH),
                     "clamped": entry.get("clamped", DASH),
                     "nonfinite": entry.get("nonfinite", DASH),

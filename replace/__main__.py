@@ -25,6 +25,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from replace.allocator import grow_segments
 from replace.compose import (
     CONF,
     choices,
@@ -97,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments:
         print(START)
         return 2
+    grow_segments()
     try:
         return _run(arguments)
     except (UserError, HydraException, OmegaConfBaseException, OSError) as error:
@@ -218,6 +220,13 @@ def _launch(arguments: list[str], resumed: Config | None, jobs: Sequence[str] = 
 
 
 def _validate(config: Config) -> None:
+    from replace.validation import check_lora
+
+    check_lora(config)
+    if config.lora.kind in ("auto", "unsloth"):
+        from distill.lora.first import import_unsloth_first
+
+        import_unsloth_first(config)
     from eval.measurements import check
     from replace.validation import validate
 

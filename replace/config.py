@@ -133,6 +133,7 @@ class BudgetConfig:
     stage1: StageBudget = field(default_factory=StageBudget)
     stage2: StageBudget = field(default_factory=StageBudget)
     stage3: StageBudget = field(default_factory=StageBudget)
+    lora: StageBudget = field(default_factory=StageBudget)
     eval: EvalBudget = field(default_factory=EvalBudget)
 
 
@@ -160,9 +161,27 @@ class StageConfig:
 
 @dataclass
 class LoraConfig:
-    """The tuning after stage 3: none or peft."""
+    """The tuning after stage 3: `kind` is none, peft, unsloth or auto (`distill/lora/choice.py` says which).
+
+    `targets` are names of linear modules, as PEFT takes them, or all-linear: those of all decoder layers but
+    the new attention's own. `qlora` holds the frozen weights in 4 bit while it trains. `data` is chat or text
+    (the run's own); `path` a .jsonl of chats, by default questions and answers out of the package index;
+    `template` a name of `distill/lora/templates.py`, by default the tokenizer's own.
+    """
 
     kind: str = "none"
+    targets: list[str] = field(default_factory=lambda: ["all-linear"])
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    bias: str = "none"
+    rslora: bool = False
+    dora: bool = False
+    qlora: bool = False
+    lr: float = 2e-4
+    data: str = "chat"
+    path: str | None = None
+    template: str | None = None
 
 
 @dataclass
@@ -219,7 +238,7 @@ class LoggerConfig:
 
 @dataclass
 class Config:
-    """One run."""
+    """One run; `export_dtype` (fp32, bf16, fp16) is that of the exported weights, the mixers' own but."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
@@ -239,4 +258,5 @@ class Config:
     dry_run: bool = False
     verbose: bool = False
     precision: str = "auto"
+    export_dtype: str = "fp32"
     threads: int | None = None

@@ -31,6 +31,7 @@ class Plan:
     tokens: tuple[int, int, int]
     trained: tuple[int, int, int]
     training_passes: float
+    tuned: int = 0
 
 
 def describe(config: Config, plan_for: PlanFor) -> str:
@@ -52,6 +53,9 @@ def describe(config: Config, plan_for: PlanFor) -> str:
     for number, trained, tokens in zip((1, 2, 3), plan.trained, plan.tokens, strict=True):
         work = f"trains {trained:,} parameters on {tokens:,} tokens" if tokens else "left out"
         lines.append(f"  stage {number}  {work}")
+    if config.lora.kind != "none" and plan.tuned:
+        words = f"{config.lora.kind}, rank {config.lora.rank}, {config.lora.data}"
+        lines.append(f"  lora     trains adapters on {plan.tuned:,} tokens ({words})")
     total = training + evaluation
     lines += [
         f"  time     about {total:.0f} minutes (training {training:.0f}, evaluation {evaluation:.0f})",
@@ -81,6 +85,8 @@ def make_plan(config: Config, facts: ModelFacts) -> Plan:
     # Stage 1: a teacher's forward and the new layers' work; 2 and 3: two forwards, a backward of 1.5 or 2.
     shares = (1 + 3 * local / facts.parameters, 3.5, 4.0)
     training = sum(count * share for count, share in zip(tokens, shares, strict=True))
+    tuned = _whole_steps(config.budget.lora, config.stage.accumulate) if config.lora.kind != "none" else 0
+    training += 2.0 * tuned  # no gradient of the weights that the adapters are beside
     return Plan(
         new_layers=new,
         rest_layers=rest,
@@ -89,6 +95,7 @@ def make_plan(config: Config, facts: ModelFacts) -> Plan:
         tokens=tokens,  # type: ignore[arg-type]  # three of them
         trained=(local if config.stage.lr_projection1 else added, local, facts.parameters + added),
         training_passes=training,
+        tuned=tuned,
     )
 
 
@@ -107,6 +114,7 @@ def evaluation_tokens(config: Config, facts: ModelFacts, plan_for: PlanFor) -> i
     measured = config.budget.eval
     budgets = {stage: getattr(config.budget, f"stage{stage}") for stage in config.stages}
     phases = ["teacher", "swapped", *(f"stage{stage}" for stage, budget in budgets.items() if budget.tokens)]
+    phases += ["lora"] if config.lora.kind != "none" and config.budget.lora.tokens else []
     total = 0
     for phase in phases:
         parts = {} if phase == "teacher" else _parts(config, facts)
@@ -158,7 +166,8 @@ def disk_bytes(config: Config, facts: ModelFacts, plan: Plan) -> int:
     checkpoints = sum(
         model + 2 * plan.trained[stage - 1] for stage in config.stages if plan.tokens[stage - 1]
     )
-    return FP32 * (model + checkpoints)
+    exports = 2 if plan.tuned else 1  # the base of the adapters, and the merged model
+    return FP32 * (exports * model + checkpoints)
 
 
 def measure_peak(seconds: float = 0.3) -> float:
@@ -183,7 +192,10 @@ def _which(config: Config, facts: ModelFacts) -> str:
 
 def _budgets(config: Config) -> list[StageBudget]:
     every = (config.budget.stage1, config.budget.stage2, config.budget.stage3)
-    return [budget for stage, budget in enumerate(every, 1) if stage in config.stages and budget.tokens]
+    tuning = [config.budget.lora] if config.lora.kind != "none" and config.budget.lora.tokens else []
+    return [
+        budget for stage, budget in enumerate(every, 1) if stage in config.stages and budget.tokens
+    ] + tuning
 
 
 def _whole_steps(budget: StageBudget, accumulate: int) -> int:

@@ -22,10 +22,12 @@ from transformers.cache_utils import DynamicCache
 from distill.checkpoint import load_stage
 from distill.continued import continued_stage
 from distill.data import Mixture, check_text
+from distill.lora.tune import check_tuning, tune, tunes
 from distill.stages import Stage, check_head, language_stage, transfer_stage
 from distill.trainer import train
 from eval.ablation import mixers as mixers_of
 from eval.ablation import parts_of
+from eval.card import results_of
 from eval.checklist import checklist
 from eval.measure import Yardstick, conclude, keep_teacher, measure, yardstick
 from eval.metrics import FILE, comparable, new_metrics, read_metrics, write_metrics
@@ -46,7 +48,7 @@ from replace.loading import Loaded, load_model, load_tokenizer
 from replace.logger import Logger, NoLogger, open_logger
 from replace.machine import device_of_choice, keep_freed_memory
 from replace.memory import MemoryMixer
-from replace.precision import autocast
+from replace.precision import DTYPES, autocast
 from replace.properties.examine import check as check_properties
 from replace.properties.examine import magnitudes
 from replace.retrieval import retrieval_layers, retrieval_scores
@@ -70,6 +72,8 @@ def run(config: Config, run_dir: Path) -> dict:
     documents = load_documents(config.data)  # first: a mistake in the text should not wait for the model
     check_text(documents, load_tokenizer(config.model), config)
     loaded = load_model(config.model)
+    if tunes(config):
+        check_tuning(loaded.model, loaded.tokenizer, documents, config)
     model = loaded.model.to(device_of_choice())  # type: ignore[arg-type]  # transformers' decorated `to`
     _write_provenance(run_dir, config, loaded, documents)
     metrics = _open_metrics(run_dir, config, loaded, model)
@@ -111,9 +115,11 @@ def _phases(
     metrics["layers"] = [r.layer for r in conversion.replacements]
     metrics["replaced"] = describe(model, conversion, using)
     todo = [number for number in sorted(config.stages) if getattr(config.budget, f"stage{number}").tokens]
+    final = "lora" if tunes(config) else f"stage{todo[-1]}" if todo else "swapped"
     with phase(metrics, run_dir, "swapped", log) as result:
         if result is not None:
-            result |= measure(model, tokenizer, config, phase="swapped", final=not todo, using=using)
+            last = final == "swapped"
+            result |= measure(model, tokenizer, config, phase="swapped", final=last, using=using)
 
     adopt(model, config, min(todo, default=1))
     for number in todo:
@@ -121,13 +127,18 @@ def _phases(
             mixture = _mixture(loaded, documents, config, number)
             training = train(model, _stage(model, config, number), mixture, config, run_dir, log)
             if result is not None:
-                last = number == todo[-1]
+                last = final == f"stage{number}"
                 result |= measure(model, tokenizer, config, phase=f"stage{number}", final=last, using=using)
                 result["training"] = training
 
-    export(
-        model, tokenizer, run_dir / "model", provenance=json.loads((run_dir / "provenance.json").read_text())
-    )
+    if tunes(config):
+        _export(model, tokenizer, config, run_dir, "base", metrics)
+        with phase(metrics, run_dir, "lora", log) as result:
+            tuning = tune(model, tokenizer, config, run_dir, documents, log)
+            if result is not None:
+                result |= measure(model, tokenizer, config, phase="lora", final=True, using=using)
+                result |= tuning
+    _export(model, tokenizer, config, run_dir, "model", metrics)
     parts = parts_of(model)
     if config.budget.continued_teacher and set(todo) & {2, 3}:
         with phase(metrics, run_dir, "continued_teacher", log) as result:
@@ -139,6 +150,24 @@ def _phases(
     write_report(run_dir)
     logger.info("done: %s", run_dir / "report.md")
     return metrics
+
+
+def _export(
+    model: PreTrainedModel, tokenizer, config: Config, run_dir: Path, name: str, metrics: dict
+) -> None:
+    """Write the student into a folder of the run, with the figures that are known so far in its card."""
+    provenance = json.loads((run_dir / "provenance.json").read_text())
+    tuned = metrics["phases"].get("lora", {}).get("tuning", {}).get("data", {}).get("source")
+    if tuned is not None and name == "model":
+        provenance["data"]["tuning"] = tuned
+    export(
+        model,
+        tokenizer,
+        run_dir / name,
+        provenance=provenance,
+        dtype=DTYPES[config.export_dtype],
+        results=results_of(metrics),
+    )
 
 
 def continued_teacher(

@@ -1,6 +1,7 @@
 """Everything that can be known to be wrong before a weight is loaded; each refusal is one sentence."""
 
 import glob
+import importlib.util
 import os
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from replace.config import (
     EvalBudget,
     EvalConfig,
     LayersConfig,
+    LoraConfig,
     ModelConfig,
 )
 from replace.errors import UserError, bad_value
@@ -50,7 +52,15 @@ READ_BY: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
         {"path": ("files", "hf"), "name": ("hf",), "split": ("hf",), "text_field": ("files", "hf")},
     ),
     "logger": ("kind", {"project": ("wandb",), "artifact": ("wandb",)}),
+    "lora": (
+        "kind",
+        {field.name: ("peft", "unsloth", "auto") for field in fields(LoraConfig) if field.name != "kind"},
+    ),
 }
+LORA_KINDS = ("none", "peft", "unsloth", "auto")
+BIASES = ("none", "all", "lora_only")
+TUNING_DATA = ("chat", "text")
+EXPORTED = ("fp32", "bf16", "fp16")
 LARGEST = 3.4e38
 """The largest number that fp32 holds."""
 EPISODE = 128
@@ -69,7 +79,8 @@ def validate(config: Config, facts: "ModelFacts | None" = None) -> None:
     """
     _check_run(config)
     _check_model_fields(config.model)
-    _check_read(config, ("model", "layers", "data", "logger"))
+    _check_read(config, ("model", "layers", "data", "logger", "lora"))
+    check_lora(config)
     _check_data(config.data, _longest(config))
     _check_stages(config)
     _check_attention(config.attention)
@@ -80,7 +91,9 @@ def validate(config: Config, facts: "ModelFacts | None" = None) -> None:
     facts = facts or _facts(config.model)
     _check_fit(config, facts)
     if _longest(config) > facts.max_position:
-        longest = max(("stage1", "stage2", "stage3"), key=lambda name: getattr(config.budget, name).length)
+        longest = max(
+            ("stage1", "stage2", "stage3", "lora"), key=lambda name: getattr(config.budget, name).length
+        )
         raise bad_value(
             f"budget.{longest}.length",
             _longest(config),
@@ -245,13 +258,54 @@ def _check_run(config: Config) -> None:
             config.threads,
             f"1 to {cores}, the cores of this machine, or null",
         )
-    _one_of("lora.kind", config.lora.kind, ("none",))
+    _one_of("lora.kind", config.lora.kind, LORA_KINDS)
+    _one_of("export_dtype", config.export_dtype, EXPORTED)
     _one_of("eval.name", config.eval.name, tuple(choices("eval")))
     for base in config.eval.base.split("+"):
         _one_of("eval.base", base, BASES)
     if config.eval.control is not None:
         load_config(Path(config.eval.control).expanduser(), "eval.control")
     _one_of("logger.kind", config.logger.kind, ("none", "wandb"))
+
+
+def check_lora(config: Config) -> None:
+    """The tuning's options, also those that Unsloth cannot take; nothing is imported for it.
+
+    Raises:
+        UserError: the first thing found wrong.
+    """
+    lora = config.lora
+    _one_of("lora.kind", lora.kind, LORA_KINDS)
+    if lora.kind == "none":
+        return
+    _require(lora.rank >= 1, "lora.rank", lora.rank, "a whole number of at least 1")
+    _require(lora.alpha >= 1, "lora.alpha", lora.alpha, "a whole number of at least 1")
+    _require(0 <= lora.dropout < 1, "lora.dropout", lora.dropout, "a share from 0 to below 1")
+    _require(0 < lora.lr < 1, "lora.lr", lora.lr, "a learning rate above 0 and below 1")
+    _require(bool(lora.targets), "lora.targets", lora.targets, "all-linear, or names of linear modules")
+    _one_of("lora.bias", lora.bias, BIASES)
+    _one_of("lora.data", lora.data, TUNING_DATA)
+    if lora.data == "text":
+        for name in ("path", "template"):
+            value = getattr(lora, name)
+            _require(
+                value is None, f"lora.{name}", value, "null beside lora.data=text; it needs lora.data=chat"
+            )
+    if lora.path is not None:
+        found = glob.glob(str(Path(lora.path).expanduser()), recursive=True)
+        _require(bool(found), "lora.path", lora.path, "a .jsonl file, a folder or a glob of them that exists")
+    if lora.kind == "unsloth":
+        _check_unsloth(lora)
+
+
+def _check_unsloth(lora: LoraConfig) -> None:
+    """What Unsloth's fast patches need; with anything else it would run, slowly and in more memory."""
+    slow = "since Unsloth's fast patches need it and are lost otherwise, with more memory; or lora=peft"
+    _require(lora.dropout == 0, "lora.dropout", lora.dropout, f"0 beside lora=unsloth, {slow}")
+    _require(lora.bias == "none", "lora.bias", lora.bias, f"none beside lora=unsloth, {slow}")
+    _require(not lora.dora, "lora.dora", lora.dora, f"false beside lora=unsloth, {slow}")
+    allowed = "none, peft, auto, since Unsloth is not installed here (README, `Tuning`, has the commands)"
+    _require(importlib.util.find_spec("unsloth") is not None, "lora", lora.kind, allowed)
 
 
 def _check_model_fields(model: ModelConfig) -> None:
@@ -434,7 +488,7 @@ def _check_stages(config: Config) -> None:
 def _check_budget(config: Config) -> None:
     block = config.attention.block
     exact = block + config.attention.window
-    for name in ("stage1", "stage2", "stage3"):
+    for name in ("stage1", "stage2", "stage3", "lora"):
         stage, field = getattr(config.budget, name), f"budget.{name}"
         _require(stage.tokens >= 0, f"{field}.tokens", stage.tokens, "0 (leave the stage out) or more")
         if stage.tokens == 0:
@@ -450,7 +504,7 @@ def _check_budget(config: Config) -> None:
         )
         share = "recall_transfer" if name == "stage1" else "recall"
         _require(
-            getattr(config.data, share) == 0 or stage.length >= EPISODE + exact,
+            name == "lora" or getattr(config.data, share) == 0 or stage.length >= EPISODE + exact,
             *(f"{field}.length", stage.length),
             f"at least {EPISODE + exact} ({EPISODE} + attention.window + attention.block), so that "
             f"an episode of data.{share}={getattr(config.data, share)} fits in",
@@ -558,6 +612,6 @@ def _facts(model: ModelConfig) -> "ModelFacts":
 def _longest(config: Config) -> int:
     """Tokens of the longest training row."""
     budget = config.budget
-    return max(
-        (stage.length for stage in (budget.stage1, budget.stage2, budget.stage3) if stage.tokens), default=0
-    )
+    tuning = [budget.lora] if config.lora.kind != "none" else []
+    stages = (budget.stage1, budget.stage2, budget.stage3, *tuning)
+    return max((stage.length for stage in stages if stage.tokens), default=0)

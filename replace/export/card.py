@@ -1,7 +1,7 @@
 """The model card of an export."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from replace.config import AttentionConfig
@@ -11,16 +11,20 @@ HUB_IDS = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """Hub names of teachers that come from elsewhere."""
 
 
-def card(base: str, spec: SwapSpec, provenance: Mapping[str, Any]) -> str:
+def card(
+    base: str, spec: SwapSpec, provenance: Mapping[str, Any], results: Sequence[Mapping[str, str]] = ()
+) -> str:
     """README.md with a YAML header.
 
     Args:
         base: the base model's class.
-        provenance: what `export` was given.
+        provenance, results: what `export` was given.
     """
-    kind = provenance.get("kind")
-    hub_id = provenance.get("id") or HUB_IDS.get(str(kind))
-    licence = provenance.get("licence")
+    about = provenance.get("model")
+    origin_of = about if isinstance(about, Mapping) else provenance
+    kind = origin_of.get("kind")
+    hub_id = origin_of.get("id") or HUB_IDS.get(str(kind))
+    licence = origin_of.get("licence")
     terms = f" ({licence})" if licence else ""
     header = {
         "library_name": "transformers",
@@ -31,8 +35,8 @@ def card(base: str, spec: SwapSpec, provenance: Mapping[str, Any]) -> str:
         header["base_model"] = hub_id
     if licence:
         header["license"] = str(licence).lower()
-    origin = hub_id or provenance.get("path") or kind or "unknown"
-    note = f" ({provenance['note']})" if provenance.get("note") else ""
+    origin = hub_id or origin_of.get("path") or kind or "unknown"
+    note = f" ({origin_of['note']})" if origin_of.get("note") else ""
     # JSON strings and lists are YAML too, so no value can break the header.
     yaml = "\n".join(f"{key}: {json.dumps(value)}" for key, value in header.items())
     layers = "\n".join(_rows(spec))
@@ -49,6 +53,8 @@ Made by layer-replace from {origin}{note}: the attention of {len(spec.layers)} d
 {layers}
 
 All options are in `config.json` under `replacement`.
+{_results(results)}{_data(provenance.get("data"))}
+## Use
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -62,6 +68,12 @@ tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 transformers, nothing else. The replaced layers' part of the cache has a constant size; assisted decoding,
 which takes tokens back, is refused. Their own parameters stay in fp32 whatever `dtype` is asked for.
 PEFT needs its `target_modules` named, as for any model type that it does not know.
+
+## Limits
+
+- vLLM, SGLang and llama.cpp know nothing of the replaced layers: no vLLM, and no GGUF of a swapped model yet.
+- What fits into neither window, sinks, retained pairs nor memory is forgotten; the run's report says it.
+- It inherits what the base model gets wrong, and was tuned on little text beside what that was trained on.
 
 Licence: the weights are under the base model's{terms}; the `.py` files of layer-replace are under
 Apache-2.0, those of other packages under their own. `provenance.json` says where everything comes from.
@@ -81,3 +93,26 @@ def _words(options: AttentionConfig) -> str:
     reach = {"segment": "own block only", "none": "no window"}.get(options.local, f"window {options.window}")
     pairs = f", {options.pairs} retained pairs ({options.pairs_score})" if options.pairs else ""
     return f"`{options.name}`: blocks of {options.block}, {reach}, {options.sinks} sinks{pairs}"
+
+
+def _results(rows: Sequence[Mapping[str, str]]) -> str:
+    """The table of results, or nothing where nothing was measured."""
+    if not rows:
+        return ""
+    columns = list(rows[0])
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    lines += [f"| {' | '.join(row[column] for column in columns)} |" for row in rows]
+    return "\n## Results\n\n" + "\n".join(lines) + "\n"
+
+
+def _data(data: object) -> str:
+    """What it was trained on, with licences."""
+    sources = list(_sources(data))
+    return "\n## Data\n\n" + "\n".join(f"- {source}" for source in sources) + "\n" if sources else ""
+
+
+def _sources(data: object) -> Iterator[str]:
+    if isinstance(data, Mapping):
+        for source in [*data.get("sources", ()), *filter(None, [data.get("tuning")])]:
+            name = f"{source['package']} {source['version']}" if "package" in source else source.get("path")
+            yield f"{name}: {source.get('licence') or 'licence not recorded'}"

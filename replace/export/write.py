@@ -2,11 +2,13 @@
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import get_relative_import_files
 
@@ -47,13 +49,18 @@ def export(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path | str,
     provenance: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
+    results: Sequence[Mapping[str, str]] = (),
 ) -> Path:
     """Write `model` with its tokenizer, its code, a model card and where it comes from; whole or not at all.
 
     Args:
         model: swapped by `replace.convert.swap`, or read by `load`.
         folder: is made, or replaced if it is there.
-        provenance: for `provenance.json`; `kind`, `id`, `note` and `licence` also go into the card.
+        provenance: for `provenance.json`; what it says of the model (`kind`, `id`, `note`, `licence`, at its
+            top or under "model") and under "data" also goes into the card.
+        dtype: of the weights; by default as they are. The mixers' own parameters stay in fp32.
+        results: rows of the card's table of results, each from column to cell.
 
     Returns:
         the folder.
@@ -76,16 +83,16 @@ def export(
     files = code(base, spec, soft_cap=_soft_cap(model))
     with atomic_folder(Path(folder)) as temporary:
         # The names that the modules have: older names of a hub are known for transformers' own classes only.
-        model.save_pretrained(temporary, save_original_format=False)
+        model.save_pretrained(temporary, save_original_format=False, state_dict=_cast(model, dtype))
         tokenizer.save_pretrained(temporary)
         for name, source in files.items():
             (temporary / f"{name}.py").write_text(source, encoding="utf-8")
         _check_reach(temporary, set(files))
-        _mark_config(temporary / "config.json", base, spec)
+        _mark_config(temporary / "config.json", base, spec, dtype)
         told = _without_paths(provenance)
         record = json.dumps(told, indent=2, default=str) + "\n"
         (temporary / "provenance.json").write_text(record, encoding="utf-8")
-        (temporary / "README.md").write_text(card(base.__name__, spec, told), encoding="utf-8")
+        (temporary / "README.md").write_text(card(base.__name__, spec, told, results), encoding="utf-8")
         # mkdtemp makes folders for the owner alone; an export is an ordinary folder.
         temporary.chmod(0o755)
     logger.info("exported to %s with %d modules of code", folder, len(files))
@@ -212,7 +219,19 @@ def _check_reach(folder: Path, files: set[str]) -> None:
         )
 
 
-def _mark_config(path: Path, base: type[PreTrainedModel], spec: SwapSpec) -> None:
+def _cast(model: PreTrainedModel, dtype: torch.dtype | None) -> dict[str, Tensor] | None:
+    """The state in `dtype`, tied weights still tied; None where it is to be saved as it is."""
+    if dtype is None:
+        return None
+    made: dict[int, Tensor] = {}
+    state = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        keep = ".mixer." in name or not value.is_floating_point()
+        state[name] = value.detach() if keep else made.setdefault(id(value), value.detach().to(dtype))
+    return state
+
+
+def _mark_config(path: Path, base: type[PreTrainedModel], spec: SwapSpec, dtype: torch.dtype | None) -> None:
     """Name the export's classes and the replacement in the config that transformers wrote."""
     config = json.loads(path.read_text(encoding="utf-8"))
     config["model_type"] = TYPE_PREFIX + config_class(base).model_type
@@ -222,6 +241,8 @@ def _mark_config(path: Path, base: type[PreTrainedModel], spec: SwapSpec) -> Non
         "AutoModelForCausalLM": f"{MODELING}.{PREFIX}{base.__name__}",
     }
     config["replacement"] = spec.to_json()
+    if dtype is not None:
+        config["dtype"] = str(dtype).removeprefix("torch.")
     config.pop("_name_or_path", None)
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -230,6 +251,11 @@ def _soft_cap(model: PreTrainedModel) -> bool:
     return getattr(model.config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None
 
 
-def _without_paths(provenance: Mapping[str, Any]) -> dict[str, Any]:
+def _without_paths(told: Any) -> Any:
     """Folders of this machine shortened to their last part: an export is made to be given away."""
-    return {key: Path(str(value)).name if key == "path" else value for key, value in provenance.items()}
+    if isinstance(told, Mapping):
+        return {
+            key: Path(str(value)).name if key == "path" else _without_paths(value)
+            for key, value in told.items()
+        }
+    return [_without_paths(item) for item in told] if isinstance(told, list) else told

@@ -11,7 +11,7 @@ VOCABULARY = 49152
 
 def watched(losses, norm=1.0, finite=lambda step: True, vocabulary=VOCABULARY, seen=None):
     seen = {} if seen is None else seen
-    watch = Watch(2, len(losses), vocabulary, seen)
+    watch = Watch("stage 2", len(losses), vocabulary, seen)
     for step, loss in enumerate(losses):
         watch(step, loss if isinstance(loss, dict) else {"loss": loss}, norm, finite=finite(step))
     return seen

@@ -1,0 +1,111 @@
+"""Conversations out of .jsonl files, in the three forms that are about."""
+
+import glob
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from replace.errors import bad_value
+
+Message = dict[str, str]
+"""{"role": system, user, assistant or tool, "content"}."""
+
+ROLES = ("system", "user", "assistant", "tool")
+SHAREGPT = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bard": "assistant",
+    "bing": "assistant",
+    "assistant": "assistant",
+    "tool": "tool",
+}
+"""Who says it, in ShareGPT's `from`."""
+
+FORMS = (
+    'a line of {"messages": [{"role", "content"}]}, of ShareGPT ({"conversations": [{"from", "value"}]}) '
+    'or of Alpaca ({"instruction", "input", "output"})'
+)
+
+
+def read_chats(path: str) -> list[list[Message]]:
+    """The conversations of a .jsonl file, a folder or a glob of them.
+
+    Raises:
+        UserError: there is none, or a line has another form; the sentence names file and line.
+    """
+    place = Path(path).expanduser()
+    if place.is_dir():
+        files = sorted(place.rglob("*.jsonl"))
+    else:
+        files = [Path(name) for name in sorted(glob.glob(str(place), recursive=True)) if Path(name).is_file()]
+    chats = [chat for file in files for chat in _chats_of(file)]
+    if not chats:
+        raise bad_value("lora.path", path, f"a .jsonl file, a folder or a glob of them, with {FORMS}")
+    return chats
+
+
+def _chats_of(file: Path) -> Iterator[list[Message]]:
+    try:
+        # Not `splitlines`, which also cuts at separators that stand inside a text.
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise bad_value("lora.path", str(file), "a file of text in UTF-8 that can be read") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            yield messages_of(json.loads(line))
+        except ValueError as error:
+            allowed = f"{FORMS} (line {number} of {file.name}: {error})"
+            raise bad_value("lora.path", str(file), allowed) from error
+
+
+def messages_of(row: Any) -> list[Message]:
+    """A row of any of the forms as messages.
+
+    Raises:
+        ValueError: it has none of them; the words say what is wrong.
+    """
+    if not isinstance(row, dict):
+        raise ValueError("it is no object")
+    if "messages" in row:
+        messages = [
+            _message(turn, "role", "content", {role: role for role in ROLES}) for turn in row["messages"]
+        ]
+    elif "conversations" in row:
+        messages = [_message(turn, "from", "value", SHAREGPT) for turn in row["conversations"]]
+        if isinstance(row.get("system"), str) and row["system"].strip():
+            messages.insert(0, {"role": "system", "content": row["system"].strip()})
+    elif "instruction" in row and "output" in row:
+        asked = [str(row.get(key) or "").strip() for key in ("instruction", "input")]
+        messages = [
+            {"role": "user", "content": "\n\n".join(filter(None, asked))},
+            {"role": "assistant", "content": str(row["output"]).strip()},
+        ]
+    else:
+        raise ValueError(f"its keys are {', '.join(map(str, row)) or 'none'}")
+    if not any(message["role"] == "assistant" and message["content"] for message in messages):
+        raise ValueError("no assistant says anything")
+    return messages
+
+
+def _message(turn: Any, who: str, what: str, roles: dict[str, str]) -> Message:
+    if not isinstance(turn, dict) or who not in turn or what not in turn:
+        raise ValueError(f"a turn without {who} and {what}")
+    if turn[who] not in roles:
+        raise ValueError(f"{who} is {turn[who]!r} and none of {', '.join(roles)}")
+    return {"role": roles[turn[who]], "content": _text(turn[what]).strip()}
+
+
+def _text(content: Any) -> str:
+    """A turn's text, which some write as a list of parts."""
+    if isinstance(content, str):
+        return content
+    parts: list[Any] = content if isinstance(content, list) else [None]
+    if not all(isinstance(part, dict) and part.get("type") == "text" and "text" in part for part in parts):
+        raise ValueError("a turn that is not text")
+    return "".join(str(part["text"]) for part in parts)
