@@ -34,6 +34,7 @@ from replace.config import Config, DataConfig, ModelConfig
 from replace.console import Console
 from replace.errors import UserError, bad_value
 from replace.loading import Loaded, load_model
+from replace.softmax_backend import softmax_kernels
 from replace.validation import check_reach
 
 logger = logging.getLogger(__name__)
@@ -161,7 +162,9 @@ def evaluate(options: dict[str, str]) -> Path:
     if same_text and "dev" in before:
         plan, kept = replace_fields(plan, dev=None), {"dev": before["dev"]} | kept  # the model is the same
     plan = only(plan, config.eval.base)
-    measured = measure(model, tokenizer, config, phase=phase, final=True, using=using, plan=plan)
+    with softmax_kernels(model, config.softmax_backend, config.precision) as chosen:
+        measured = measure(model, tokenizer, config, phase=phase, final=True, using=using, plan=plan)
+    metrics["softmax_attention"] = chosen
     measured["test_reads"] += before.get("test_reads", 0) if same_text else 0
     metrics["phases"][phase] = merged(kept, measured) | training
     metrics["wall_seconds"][f"eval {phase}"] = round(time.perf_counter() - start, 1)
@@ -231,7 +234,10 @@ def _teacher(config: Config, using: Yardstick) -> dict:
     """
     loaded = load_model(config.model)
     model, nothing = _moved(loaded.model), only(Plan(), "none")
-    return measure(model, loaded.tokenizer, config, phase="teacher", final=False, using=using, plan=nothing)
+    with softmax_kernels(model, config.softmax_backend, config.precision):
+        return measure(
+            model, loaded.tokenizer, config, phase="teacher", final=False, using=using, plan=nothing
+        )
 
 
 def _loaded(model: ModelConfig) -> Loaded:

@@ -7,6 +7,7 @@
      "replaced": [{"layer", "path", "old_class", "new_class", "variant", "parameters", "new_parameters",
                    "state_bytes", "output": {"mean", "std", "min", "max", "beyond_fp16"}}],
      "phases": {"<phase>": a phase}, "recovery": {"<figure>": {"value", "interval"} or with "why"},
+     "softmax_attention": see replace.softmax_backend.SoftmaxKernels.settle,
      "verdict": {"called", "memory", "pairs", "memory_and_pairs", "carried_by_full_attention", "carriers",
                  "details"}}
 

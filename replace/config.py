@@ -217,7 +217,11 @@ class LoggerConfig:
 
 @dataclass
 class Config:
-    """One run."""
+    """One run.
+
+    `softmax_backend` computes what is left of softmax attention: auto (the first that can of torch's flash,
+    efficient and math), one of these where it can, or xformers; see `replace/softmax_backend.py`.
+    """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
@@ -237,4 +241,5 @@ class Config:
     dry_run: bool = False
     verbose: bool = False
     precision: str = "auto"
+    softmax_backend: str = "auto"
     threads: int | None = None

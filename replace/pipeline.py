@@ -44,6 +44,7 @@ from replace.machine import device_of_choice, keep_freed_memory
 from replace.precision import autocast
 from replace.properties.examine import check as check_properties
 from replace.retrieval import retrieval_layers, retrieval_scores
+from replace.softmax_backend import SoftmaxKernels
 from replace.validation import selected
 
 logger = logging.getLogger(__name__)
@@ -69,9 +70,11 @@ def run(config: Config, run_dir: Path) -> dict:
     metrics = _open_metrics(run_dir, config, loaded, model)
     using = yardstick(loaded.tokenizer, config, documents)
     log = open_logger(config, run_dir)
+    softmax = SoftmaxKernels(config.softmax_backend, config.precision)
     try:
-        return _phases(config, run_dir, loaded, documents, metrics, using, log)
+        return _phases(config, run_dir, loaded, documents, metrics, using, log, softmax)
     finally:
+        softmax.close()
         log.finish()
 
 
@@ -83,9 +86,11 @@ def _phases(
     metrics: dict,
     using: Yardstick,
     log: Logger,
+    softmax: SoftmaxKernels,
 ) -> dict:
     """Teacher, swap, stages, export, report: the phases, one after the other."""
     model, tokenizer = loaded.model, loaded.tokenizer
+    softmax.settle(model)
     with phase(metrics, run_dir, "teacher", log) as result:
         if result is not None:
             result |= measure(model, tokenizer, config, phase="teacher", final=False, using=using)
@@ -96,6 +101,7 @@ def _phases(
     conversion = swap(model, choose(config, loaded, documents, run_dir), keep_originals=True)
     check_head(model, probe_ids(model))
     check_properties(model)
+    metrics["softmax_attention"] = softmax.settle(model)
     metrics["layers"] = [r.layer for r in conversion.replacements]
     metrics["replaced"] = describe(model, conversion, using)
     todo = [number for number in sorted(config.stages) if getattr(config.budget, f"stage{number}").tokens]
