@@ -26,7 +26,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -356,7 +356,7 @@ def _look(model: PreTrainedModel, wanted: str, precision: str, training: bool) -
     ids = probe_ids(model, LENGTH).repeat(2, 1)
     padded = torch.ones_like(ids)
     padded[1, -3:] = 0
-    held = {
+    held: dict[nn.Module, dict[str, Any]] = {
         mixer: {n: vars(mixer)[n] for n in ("calls", "clamped", "nonfinite") if n in vars(mixer)}
         for mixer in mixers(model).values()
     }
@@ -442,7 +442,7 @@ class SoftmaxKernels:
 
     def _row(self, layout: Layout, seen: Seen, broken: dict[str, str]) -> dict:
         """The first kernel of the order that can take this call, and why not those before it."""
-        order, reasons = ORDER[self.wanted], []
+        order, reasons = ORDER[self.wanted], list[str]()
         if self.wanted == "xformers" and layout.place == OWN:
             order = ("xformers", *order)
         for name in order:
