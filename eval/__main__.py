@@ -46,6 +46,7 @@ from replace.export.load import load
 from replace.loading import check_memory, load_model, load_tokenizer
 from replace.pipeline import choose
 from replace.precision import autocast, cast_once
+from replace.softmax_backend import softmax_kernels
 from replace.validation import check_reach
 
 logger = logging.getLogger(__name__)
@@ -202,7 +203,11 @@ def evaluate(
     plan = only(plan, config.eval.base)
     measured, made = {}, len(store.made)  # type: dict, int
     try:
-        with keeping(store, model, about=metrics["items"]):
+        with (
+            keeping(store, model, about=metrics["items"]),
+            softmax_kernels(model, config.softmax_backend, config.precision) as chosen,
+        ):
+            metrics["softmax_attention"] = chosen
             measure(model, tokenizer, config, phase=phase, final=True, using=using, plan=plan, into=measured)
     except KeyboardInterrupt as error:
         if not measured:
@@ -344,12 +349,19 @@ def _with_teacher(
     if not config.eval.more and not {"quick", "probes"} & set(config.eval.base.split("+")):
         return
     teacher = _moved(load_model(config.model).model)
-    with autocast(config.precision, teacher.device), cast_once(teacher, config.precision):
+    with (
+        softmax_kernels(teacher, config.softmax_backend, config.precision),
+        autocast(config.precision, teacher.device),
+        cast_once(teacher, config.precision),
+    ):
         keep_teacher(teacher, tokenizer, config, using)
     if not missing:
         return
     only_missing = replace(config, eval=replace(config.eval, more=missing))
-    with keeping(store, teacher, about=metrics["items"]):
+    with (
+        keeping(store, teacher, about=metrics["items"]),
+        softmax_kernels(teacher, config.softmax_backend, config.precision),
+    ):
         measured = measure(
             teacher, tokenizer, only_missing, phase="teacher", final=False, using=using, plan=NOTHING
         )

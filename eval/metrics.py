@@ -8,6 +8,7 @@
                    "state_bytes", "magnitude", "scale", "clamp",
                    "output": {"mean", "std", "min", "max", "beyond_fp16"}}],
      "phases": {"<phase>": a phase}, "recovery": {"<figure>": {"value", "interval"} or with "why"},
+     "softmax_attention": see replace.softmax_backend.SoftmaxKernels.settle,
      "verdict": {"called", "memory", "pairs", "memory_and_pairs", "carried_by_full_attention", "carriers",
                  "details"},
      "objective": see eval.objective, "items": see eval.stored.items_of, "checklist": see eval.checklist,

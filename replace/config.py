@@ -238,7 +238,11 @@ class LoggerConfig:
 
 @dataclass
 class Config:
-    """One run; `export_dtype` (fp32, bf16, fp16) is that of the exported weights, the mixers' own but."""
+    """One run; `export_dtype` (fp32, bf16, fp16) is that of the exported weights, the mixers' own but.
+
+    `softmax_backend` computes what is left of softmax attention: auto (the first that can of torch's flash,
+    efficient and math), one of these where it can, or xformers; see `replace/softmax_backend.py`.
+    """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
@@ -259,4 +263,5 @@ class Config:
     verbose: bool = False
     precision: str = "auto"
     export_dtype: str = "fp32"
+    softmax_backend: str = "auto"
     threads: int | None = None

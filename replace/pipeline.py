@@ -52,6 +52,7 @@ from replace.precision import DTYPES, autocast
 from replace.properties.examine import check as check_properties
 from replace.properties.examine import magnitudes
 from replace.retrieval import retrieval_layers, retrieval_scores
+from replace.softmax_backend import SoftmaxKernels
 from replace.validation import selected
 
 logger = logging.getLogger(__name__)
@@ -80,14 +81,16 @@ def run(config: Config, run_dir: Path) -> dict:
     metrics["items"] = items_of(documents, loaded.tokenizer, clear_tokens(config.attention))
     using = yardstick(loaded.tokenizer, config, documents)
     log = open_logger(config, run_dir)
+    softmax = SoftmaxKernels(config.softmax_backend, config.precision)
     try:
-        metrics = _phases(config, run_dir, loaded, documents, metrics, using, log)
+        metrics = _phases(config, run_dir, loaded, documents, metrics, using, log, softmax)
         log.results(metrics, run_dir)
         return metrics
     except (UserError, OSError) as error:
         log.failed(str(error))
         raise
     finally:
+        softmax.close()
         log.finish()
 
 
@@ -99,9 +102,11 @@ def _phases(
     metrics: dict,
     using: Yardstick,
     log: Logger,
+    softmax: SoftmaxKernels,
 ) -> dict:
     """Teacher, swap, stages, export, report: the phases, one after the other."""
     model, tokenizer = loaded.model, loaded.tokenizer
+    softmax.settle(model)
     with phase(metrics, run_dir, "teacher", log) as result:
         if result is not None:
             result |= measure(model, tokenizer, config, phase="teacher", final=False, using=using)
@@ -112,6 +117,7 @@ def _phases(
     conversion = swap(model, choose(config, loaded, documents, run_dir), keep_originals=True)
     check_head(model, probe_ids(model))
     check_properties(model)
+    metrics["softmax_attention"] = softmax.settle(model)
     metrics["layers"] = [r.layer for r in conversion.replacements]
     metrics["replaced"] = describe(model, conversion, using)
     todo = [number for number in sorted(config.stages) if getattr(config.budget, f"stage{number}").tokens]

@@ -30,6 +30,7 @@ GATES = ("head", "token")
 WRITE_GATES = ("none", "token")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 BACKENDS = ("auto", "triton", "chunk", "reference")
+SOFTMAX_BACKENDS = ("auto", "flash", "efficient", "math", "xformers")
 LOSSES = ("mse", "huber", "cosine", "attention_weights")
 BASES = ("quick", "perplexity", "recall", "probes", "none")
 OBJECTIVES = ("kl", "ce", "mix")
@@ -129,6 +130,7 @@ def _check_fit(config: Config, facts: "ModelFacts") -> None:
     allowed = f"0 to {facts.max_position}, the model's positions"
     _require(config.attention.pairs <= facts.max_position, "attention.pairs", config.attention.pairs, allowed)
     _check_kernels(config, facts.head_dim)
+    _check_softmax(config, facts)
 
 
 def check_reach(measured: EvalBudget, positions: int) -> None:
@@ -245,6 +247,7 @@ def _check_run(config: Config) -> None:
     _check_numbers(config)
     _one_of("precision", config.precision, PRECISIONS)
     _one_of("kernels.backend", config.kernels.backend, BACKENDS)
+    _one_of("softmax_backend", config.softmax_backend, SOFTMAX_BACKENDS)
     stages = config.stages
     _require(bool(stages), "stages", stages, "one or more of 1, 2, 3")
     _require(all(stage in (1, 2, 3) for stage in stages), "stages", stages, "1, 2 and 3")
@@ -427,6 +430,23 @@ def _check_kernels(config: Config, head_dim: int) -> None:
         f"since attention.feature_map={config.attention.feature_map} has {features} features, above {LARGEST}"
     )
     _require(fits, "kernels.backend", "triton", f"{others}, {why}")
+
+
+def _check_softmax(config: Config, facts: "ModelFacts") -> None:
+    """The kernel that is asked for takes heads of this form on this machine; asked of the kernel itself."""
+    from replace.machine import device_of_choice
+    from replace.precision import dtype_of
+    from replace.softmax_backend import device_name, trials_of
+
+    wanted, device = config.softmax_backend, device_of_choice()
+    if wanted in ("auto", "math"):
+        return
+    dtype = dtype_of(config.precision, device)
+    trials = trials_of(device, dtype, facts.heads, facts.kv_heads, facts.head_dim)
+    able = ", ".join(["auto", *(name for name, trial in trials.items() if trial.forward is None)])
+    where = f"{str(dtype).removeprefix('torch.')} with head_dim={facts.head_dim} on {device_name(device)}"
+    why = f"{able}, since for {where} there is no {wanted}: {trials[wanted].forward}"
+    _require(trials[wanted].forward is None, "softmax_backend", wanted, why)
 
 
 def _refusal(name: str, attention: AttentionConfig) -> str | None:
