@@ -379,3 +379,11 @@ def test_blocks_equal_token_by_token(name: str, dtype: torch.dtype) -> None:
     x = inputs(CASES[name], dtype)
     want = outcome(backend("reference"), wide(x), CASES[name])
     compare(outcome(backend("chunk"), x, CASES[name]), want, dtype)
+
+
+@pytest.mark.parametrize(("device", "dtype"), FUSED)
+@pytest.mark.parametrize("name", CASES)
+def test_fused_equals_token_by_token(name: str, device: str, dtype: torch.dtype) -> None:
+    x = inputs(CASES[name], dtype, device)
+    want = outcome(backend("reference"), wide(x), CASES[name])
+    compare(outcome(backend("triton"), x, CASES[name]), want, dtype, device)
