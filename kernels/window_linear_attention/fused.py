@@ -42,7 +42,6 @@ RUN = 512
 
 _NONE = tl.constexpr(float("-inf"))
 _INF = tl.constexpr(float("inf"))
-_NAN = tl.constexpr(float("nan"))
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
@@ -103,7 +102,7 @@ def _joined(m, total, acc, s, values, OPERAND: tl.constexpr, PRECISION: tl.const
     """What is summed so far, of largest logit m, with keys of logits s `[BQ, BN]` and values `[BN, BD]`."""
     values = values.to(tl.float32)
     bad = tl.sum(tl.where(tl.abs(values) < _INF, 0, 1), 1) > 0
-    s = tl.where(bad[None, :] & (s > _NONE), _NAN, s)
+    s = tl.where(bad[None, :] & (s > _NONE), float("nan"), s)
     top = tl.maximum(m, tl.max(s, 1))
     safe = tl.where(top == _NONE, 0.0, top)
     keep = tl.exp(m - safe)
@@ -151,14 +150,14 @@ def _output(
         acc = tl.dot(queries.to(OPERAND), M.to(OPERAND), acc, input_precision=PRECISION)
         reach += tl.sum(queries.to(tl.float32) * z[None, :], 1)
     if WITHIN:
-        key = own - SHIFT
-        keys_here = (place < P) & (key >= 0) & (key < NB * S)
-        c = _coefficients(weight, limit, row, b, key, keys_here, g, G, NB, S)
-        weights = _products(phi_q, phi_k, t, row + key, h, g, H, G, rows, c > 0, F, BT, BT, BF, PRECISION)
+        leaving = own - SHIFT
+        keys_here = (place < P) & (leaving >= 0) & (leaving < NB * S)
+        c = _coefficients(weight, limit, row, b, leaving, keys_here, g, G, NB, S)
+        weights = _products(phi_q, phi_k, t, row + leaving, h, g, H, G, rows, c > 0, F, BT, BT, BF, PRECISION)
         earlier = (place // S)[:, None] > (place // S)[None, :]
         weights = tl.where(earlier, weights * c[None, :], 0.0)
-        values = _tile(v, row + key, G, g, d, c > 0, D)
-        acc = tl.dot(weights.to(OPERAND), values.to(OPERAND), acc, input_precision=PRECISION)
+        written = _tile(v, row + leaving, G, g, d, c > 0, D)
+        acc = tl.dot(weights.to(OPERAND), written.to(OPERAND), acc, input_precision=PRECISION)
         reach += tl.sum(weights, 1)
     empty = reach <= _TINY
     divisor = tl.where(empty, 1.0, reach)
@@ -199,7 +198,7 @@ def _output(
     if pid % DB == 0:
         log = tl.where(nothing, 0.0, tl.log(tl.where(nothing, 1.0, total)) + m)
         tl.store(lse + t * H + h, log, mask=rows)
-        tl.store(ratio + t * H + h, tl.where(empty, 0.0, tl.exp(-log)), mask=rows)
+        tl.store(ratio + t * H + h, tl.where(empty, 0.0, tl.exp(tl.where(empty, 0.0, -log))), mask=rows)
 
 
 @triton.jit

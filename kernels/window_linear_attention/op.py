@@ -107,7 +107,7 @@ def window_linear_attention(
     if write_gate is not None:
         expect("write_gate", write_gate, "B, T, G", (*rows, groups), single, q.device)
     answer, mass = _pair(extra)
-    if answer is not None:
+    if extra is not None:
         expect("extra[0]", answer, "B, T, H, D", (*rows, heads, width), single, q.device)
         expect("extra[1]", mass, "B, T, H", (*rows, heads), single, q.device)
     check_mask(mask, q, rows)
@@ -191,7 +191,7 @@ def window_linear_attention_step(
     expect("phi_q", phi_q, "B, H, F", (batch, heads, None), (q.dtype,), q.device)
     features, width = int(phi_q.shape[2]), int(v.shape[3])
     answer, mass = _pair(extra)
-    if answer is not None:
+    if extra is not None:
         single = (q.dtype, state_dtype(q))
         expect("extra[0]", answer, "B, H, D", (batch, heads, width), single, q.device)
         expect("extra[1]", mass, "B, H", (batch, heads), single, q.device)
