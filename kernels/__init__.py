@@ -18,17 +18,22 @@ if TYPE_CHECKING:
     from kernels.infini_memory.state import InfiniCounters, InfiniState
     from kernels.linear_attention.op import linear_attention, linear_attention_step
     from kernels.linear_attention.state import LinearState
+    from kernels.window_linear_attention.op import window_linear_attention, window_linear_attention_step
+    from kernels.window_linear_attention.state import WindowLinearState
 
 __all__ = [
     "InfiniCounters",
     "InfiniState",
     "LinearState",
+    "WindowLinearState",
     "gated_delta_rule",
     "gated_delta_rule_step",
     "infini_memory",
     "infini_memory_step",
     "linear_attention",
     "linear_attention_step",
+    "window_linear_attention",
+    "window_linear_attention_step",
 ]
 
 _PLACES = {
@@ -41,12 +46,15 @@ _PLACES = {
     "gated_delta_rule_step": "kernels.gated_delta_rule.op",
     "linear_attention": "kernels.linear_attention.op",
     "linear_attention_step": "kernels.linear_attention.op",
+    "WindowLinearState": "kernels.window_linear_attention.state",
+    "window_linear_attention": "kernels.window_linear_attention.op",
+    "window_linear_attention_step": "kernels.window_linear_attention.op",
 }
 
 # An operator and its folder share a name. The first import of a folder binds that name to the folder, so it
 # is done here, once, and the name is freed for the operator; `from kernels.linear_attention import chunk`
 # still finds the folder.
-for _folder in ("gated_delta_rule", "infini_memory", "linear_attention"):
+for _folder in ("gated_delta_rule", "infini_memory", "linear_attention", "window_linear_attention"):
     importlib.import_module(f"{__name__}.{_folder}")
     globals().pop(_folder, None)
 

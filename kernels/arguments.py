@@ -88,7 +88,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None)
     batch, length, heads, features = q.shape
     expect("k", k, "B, T, G, F", (batch, length, None, features), (q.dtype,), q.device)
     expect("v", v, "B, T, G, D", (batch, length, k.shape[2], None), (q.dtype,), q.device)
-    _check_groups(q, k, heads, k.shape[2])
+    check_groups(q, k, heads, k.shape[2])
     states = batch
     if cu_seqlens is not None:
         expect("cu_seqlens", cu_seqlens, "N + 1", (None,), INTEGERS, q.device)
@@ -112,11 +112,16 @@ def check_one_token(q: Tensor, k: Tensor, v: Tensor) -> Sizes:
     batch, heads, features = q.shape
     expect("k", k, "B, G, F", (batch, None, features), (q.dtype,), q.device)
     expect("v", v, "B, G, D", (batch, k.shape[1], None), (q.dtype,), q.device)
-    _check_groups(q, k, heads, k.shape[1])
+    check_groups(q, k, heads, k.shape[1])
     return Sizes(batch, 1, heads, k.shape[1], features, v.shape[2], batch)
 
 
-def _check_groups(q: Tensor, k: Tensor, heads: int, groups: int) -> None:
+def check_groups(q: Tensor, k: Tensor, heads: int, groups: int) -> None:
+    """G must divide H.
+
+    Raises:
+        ValueError: it does not.
+    """
     if heads % groups:
         raise ValueError(
             f"q has shape {_shape(q)} and k {_shape(k)}; expected H = {heads} to be a multiple of "
@@ -158,6 +163,16 @@ def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
     if value not in allowed:
         words = ", ".join(str(item) for item in allowed)
         raise ValueError(f"{name}={value!r} is not possible; expected one of {words}.")
+
+
+def check_number(name: str, value: object, least: int) -> None:
+    """A whole number of at least `least`.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}={value!r} is not possible; expected a whole number of at least {least}.")
 
 
 _checked: WeakIdKeyDictionary = WeakIdKeyDictionary()

@@ -54,7 +54,9 @@ def infini_memory(
     dtype, (batch, length), groups = v.dtype, q.shape[:2], k.shape[2]
     q, k, v, local = wide(q), wide(k), wide(v), wide(local)
     weight = k.new_ones(batch, length, groups) if write_gate is None else write_gate.to(k.dtype)
-    k, v, weight, lost = _taken(k, v, weight, mask, written_blocks(length, block, lookback) * block)
+    leaving = torch.arange(length, device=q.device) < written_blocks(length, block, lookback) * block
+    here = leaving.view(1, -1, 1) if mask is None else leaving.view(1, -1, 1) & mask.unsqueeze(-1)
+    k, v, weight, lost = taken(k, v, weight, here)
     blocks = -(-length // block)
     k, v, weight = (_later(x, blocks, block, lookback) for x in (k, v, weight.unsqueeze(-1)))
     rows = _cut(q, blocks, block, groups)
@@ -71,26 +73,22 @@ def infini_memory(
         limited.append(clamped.sum(-1))
     numerator, denominator = (_joined(x, block, length) for x in (numerators, denominators))
     out = mixed(numerator, denominator, gate.to(q.dtype).unsqueeze(-1), local)
-    counters = InfiniCounters(torch.stack(limited).sum(0), lost)
+    counters = InfiniCounters(torch.stack(limited).sum(0), lost.sum(1))
     return out.to(dtype), InfiniState(carry.M, carry.z, carry.n), counters
 
 
-def _taken(
-    k: Tensor, v: Tensor, weight: Tensor, mask: Tensor | None, whole: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Keys, values and weights, 0 for what is not written, and how many tokens were left out, `[B, G]`.
+def taken(k: Tensor, v: Tensor, weight: Tensor, here: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Keys, values and weights, 0 for what is not written, and which tokens were left out, `[B, T, G]`.
 
     Args:
-        whole: tokens after this one are not written by this call.
+        here: bool `[B, T, 1]` (or broadcast to it), the tokens that are to be written.
     """
     largest = torch.maximum(k.detach().abs().amax(-1), v.detach().abs().amax(-1))
     fits = torch.maximum(largest, weight.detach().abs()) < LARGEST  # a NaN is not
-    here = (torch.arange(k.shape[1], device=k.device) < whole).view(1, -1, 1)
-    here = here if mask is None else here & mask.unsqueeze(-1)
-    taken = here & fits & (weight > 0)
+    written = here & fits & (weight > 0)
     # Before any product, because 0 times NaN is NaN.
-    k, v = (torch.where(taken.unsqueeze(-1), x, 0) for x in (k, v))
-    return k, v, torch.where(taken, weight, 0), (here & ~fits & ~(weight <= 0)).sum(1)
+    k, v = (torch.where(written.unsqueeze(-1), x, 0) for x in (k, v))
+    return k, v, torch.where(written, weight, 0), here & ~fits & ~(weight <= 0)
 
 
 def _later(x: Tensor, blocks: int, block: int, lookback: int) -> Tensor:

@@ -566,10 +566,9 @@ class Cut(NamedTuple):
         return cls(span, triton.cdiv(length, span), tile, triton.cdiv(span, tile), written)
 
 
-class Forward(NamedTuple):
-    """What `forward` makes: the results, and after them what the backward needs."""
+class Written(NamedTuple):
+    """What writing makes: the final state, and what reading and the backward need."""
 
-    out: Tensor
     M: Tensor
     z: Tensor
     totals: Tensor
@@ -578,10 +577,6 @@ class Forward(NamedTuple):
     """`[B, NB, G]` int32, which blocks' means were limited."""
     lost: Tensor
     """`[B, NB, G]` int32, tokens left out of each block."""
-    answers: Tensor
-    """`[B, T, H, D]`, what the memory answered, 0 where it is empty."""
-    den: Tensor
-    """`[B, T, H]` fp32, the answers' denominators in sums, 0 where the memory is empty."""
     weight: Tensor
     """`[B, T, G]` fp32, the write gate of what is written; of no meaning beyond the blocks written."""
     scale: Tensor
@@ -591,20 +586,36 @@ class Forward(NamedTuple):
     states_z: Tensor
 
 
-def shapes(q: Tensor, v: Tensor, block: int, lookback: int) -> Forward:
-    """The tensors of a `Forward`, empty."""
-    (batch, length, heads, features), (groups, width) = q.shape, v.shape[2:]
+class Forward(NamedTuple):
+    """What `forward` makes: the results, and after them what the backward needs; see `Written`."""
+
+    out: Tensor
+    M: Tensor
+    z: Tensor
+    totals: Tensor
+    limited: Tensor
+    lost: Tensor
+    answers: Tensor
+    """`[B, T, H, D]`, what the memory answered, 0 where it is empty."""
+    den: Tensor
+    """`[B, T, H]` fp32, the answers' denominators in sums, 0 where the memory is empty."""
+    weight: Tensor
+    scale: Tensor
+    states_M: Tensor
+    states_z: Tensor
+
+
+def room(q: Tensor, v: Tensor, block: int, lookback: int) -> Written:
+    """The tensors of a `Written`, empty."""
+    (batch, length, _, features), (groups, width) = q.shape, v.shape[2:]
     cut = Cut.of(length, block, lookback)
     single, by_block = torch.float32, (batch, cut.written, groups)
-    return Forward(
-        out=v.new_empty(batch, length, heads, width),
+    return Written(
         M=q.new_empty(batch, groups, features, width, dtype=single),
         z=q.new_empty(batch, groups, features, dtype=single),
         totals=q.new_empty(batch, cut.written + 1, groups, dtype=torch.float64),
         limited=q.new_empty(by_block, dtype=torch.int32),
         lost=q.new_empty(by_block, dtype=torch.int32),
-        answers=v.new_empty(batch, length, heads, width),
-        den=q.new_empty(batch, length, heads, dtype=single),
         weight=q.new_empty(batch, length, groups, dtype=single),
         scale=q.new_empty(by_block, dtype=single),
         states_M=q.new_empty(batch, cut.spans, groups, features, width, dtype=stored_dtype(q)),
@@ -612,12 +623,25 @@ def shapes(q: Tensor, v: Tensor, block: int, lookback: int) -> Forward:
     )
 
 
-def forward(
+def shapes(q: Tensor, v: Tensor, block: int, lookback: int) -> Forward:
+    """The tensors of a `Forward`, empty."""
+    return _around(q, v, room(q, v, block, lookback))
+
+
+def _around(q: Tensor, v: Tensor, written: Written) -> Forward:
+    lead, width = q.shape[:3], v.shape[3]
+    return Forward(
+        out=v.new_empty(*lead, width),
+        answers=v.new_empty(*lead, width),
+        den=q.new_empty(lead, dtype=torch.float32),
+        **written._asdict(),
+    )
+
+
+def write(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    local: Tensor,
-    gate: Tensor,
     write_gate: Tensor | None,
     mask: Tensor | None,
     M: Tensor | None,
@@ -629,16 +653,10 @@ def forward(
     precision: str,
     width: int,
     segments: int,
-) -> Forward:
-    """Launch the forward; all tensors contiguous.
-
-    Args:
-        M, z, n: the initial state, or None for an empty one.
-        precision: of products of fp32: "ieee", "tf32" or "tf32x3".
-        width, segments: the columns of F and D a program takes, and the segments of a row; 0 to choose.
-    """
-    (batch, length, heads, features), (groups, columns) = q.shape, v.shape[2:]
-    cut, made = Cut.of(length, block, lookback), shapes(q, v, block, lookback)
+) -> Written:
+    """Launch what writes; arguments as in `forward`."""
+    (batch, length, _, features), (groups, columns) = q.shape, v.shape[2:]
+    cut, made = Cut.of(length, block, lookback), room(q, v, block, lookback)
     settings = plan(q, v, groups, batch, cut.spans, width, segments)
     sizes = {"S": block, "F": features, "D": columns, "BF": settings.block_f, "BD": settings.block_d}
     blocks = batch * cut.written * groups
@@ -669,7 +687,43 @@ def forward(
             length, cut.spans, cut.written, groups, lookback * block, settings.segments,
             STORE=store, HAS_INITIAL=M is not None, **sizes, **common,
         )  # fmt: skip
-    _output[(tiles[1] * heads * cut.tiles * cut.spans * batch,)](
+    return made
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    local: Tensor,
+    gate: Tensor,
+    write_gate: Tensor | None,
+    mask: Tensor | None,
+    M: Tensor | None,
+    z: Tensor | None,
+    n: Tensor | None,
+    block: int,
+    lookback: int,
+    clamp: float,
+    precision: str,
+    width: int,
+    segments: int,
+) -> Forward:
+    """Launch the forward; all tensors contiguous.
+
+    Args:
+        M, z, n: the initial state, or None for an empty one.
+        precision: of products of fp32: "ieee", "tf32" or "tf32x3".
+        width, segments: the columns of F and D a program takes, and the segments of a row; 0 to choose.
+    """
+    (batch, length, heads, features), (groups, columns) = q.shape, v.shape[2:]
+    cut, options = Cut.of(length, block, lookback), (block, lookback, clamp, precision, width, segments)
+    made = _around(q, v, write(q, k, v, write_gate, mask, M, z, n, *options))
+    settings = plan(q, v, groups, batch, cut.spans, width, segments)
+    sizes = {"S": block, "F": features, "D": columns, "BF": settings.block_f, "BD": settings.block_d}
+    common = {"P": cut.span, "BT": cut.tile, "TILES": cut.tiles, "PRECISION": precision}
+    common |= {"OPERAND": operand(q), "num_warps": settings.warps, "num_stages": settings.stages}
+    tiles = triton.cdiv(columns, settings.block_d)
+    _output[(tiles * heads * cut.tiles * cut.spans * batch,)](
         q, k, v, local, gate, made.weight, made.scale, made.totals, made.states_M, made.states_z,
         made.out, made.answers, made.den,
         length, cut.spans, cut.written, heads, groups, lookback * block,
@@ -721,12 +775,55 @@ def backward(
     Returns:
         dq, dk, dv, dlocal, and in fp32 those of gate `[B, T, H]`, write gate `[B, T, G]`, initial M and z.
     """
+    dlocal, (dgate, ratio, u) = torch.empty_like(local), (torch.empty_like(den) for _ in range(3))
+    rows, columns = 16, v.shape[3]
+    _mix_gradients[(triton.cdiv(den.numel(), rows),)](
+        answers, dout, local, den, gate, dlocal, dgate, ratio, u, den.numel(), q.shape[2],
+        D=columns, BR=rows, BD=triton.next_power_of_2(columns), PER_TOKEN=gate.dim() == 3,
+    )  # fmt: skip
+    dq, dk, dv, dweight, initial_M, initial_z = read_gradients(
+        q, k, v, dout, ratio, u, totals, weight, scale, states_M, states_z, dM, dz, torch.empty_like(v),
+        block, lookback, precision, width, segments,
+    )  # fmt: skip
+    return dq, dk, dv, dlocal, dgate, dweight, initial_M, initial_z
+
+
+def read_gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    ratio: Tensor,
+    u: Tensor,
+    totals: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    states_M: Tensor,
+    states_z: Tensor,
+    dM: Tensor | None,
+    dz: Tensor | None,
+    dv: Tensor,
+    block: int,
+    lookback: int,
+    precision: str,
+    width: int,
+    segments: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Launch what goes back through read and write, given the gradients of a read's two sums.
+
+    Args:
+        ratio, u: `[B, T, H]` fp32; W = ratio dout and u are the gradients of q M and q z. Where ratio is 0
+            nothing was read.
+        dv: filled, in its dtype.
+
+    Returns:
+        dq, dk, dv, and in fp32 the gradients of write gate `[B, T, G]`, initial M and z.
+    """
     (batch, length, heads, features), (groups, columns) = q.shape, v.shape[2:]
     cut = Cut.of(length, block, lookback)
     settings = plan(q, v, groups, batch, cut.spans, width, segments)
     tiles = triton.cdiv(features, settings.block_f), triton.cdiv(columns, settings.block_d)
-    dq, dk, dv, dlocal = (torch.empty_like(x) for x in (q, k, v, local))
-    dgate, ratio, u = (torch.empty_like(den) for _ in range(3))
+    dq, dk = torch.empty_like(q), torch.empty_like(k)
     dweight = weight.new_empty(tiles[0], *weight.shape)
     # The keys of the last L blocks are read by no query, and no program comes to them.
     covered = max(0, cut.spans * cut.span - lookback * block)
@@ -737,11 +834,6 @@ def backward(
     initial_M = q.new_empty(batch, groups, features, columns, dtype=torch.float32)
     initial_z = q.new_empty(batch, groups, features, dtype=torch.float32)
     sums_M, sums_z = _sums(initial_M, initial_z, settings.segments)
-    rows, span = 16, triton.next_power_of_2(columns)
-    _mix_gradients[(triton.cdiv(den.numel(), rows),)](
-        answers, dout, local, den, gate, dlocal, dgate, ratio, u, den.numel(), heads,
-        D=columns, BR=rows, BD=span, PER_TOKEN=gate.dim() == 3,
-    )  # fmt: skip
     sizes = {"S": block, "F": features, "D": columns, "BF": settings.block_f, "BD": settings.block_d}
     sizes |= {"P": cut.span, "BT": cut.tile, "TILES": cut.tiles}
     common = {"OPERAND": operand(q), "PRECISION": precision}
@@ -757,7 +849,7 @@ def backward(
         length, cut.spans, cut.written, heads, groups, lookback * block, batch * length,
         WITHIN=cut.span > block, **sizes, **common, **GRADIENTS,
     )  # fmt: skip
-    return dq, dk, dv, dlocal, dgate, dweight.sum(0), initial_M, initial_z
+    return dq, dk, dv, dweight.sum(0), initial_M, initial_z
 
 
 def step(q: Tensor, local: Tensor, gate: Tensor, M: Tensor, z: Tensor) -> Tensor:

@@ -11,18 +11,17 @@ from kernels.arguments import (
     Sizes,
     check_choice,
     check_mask,
+    check_number,
     check_qkv,
     check_state,
     expect,
     state_dtype,
 )
-from kernels.dispatch import choose
+from kernels.dispatch import FORCED, choose
 from kernels.infini_memory import chunk, reference
 from kernels.infini_memory.state import InfiniCounters, InfiniState
 from kernels.linear_attention.op import LARGEST, PRECISIONS
 from kernels.numerics import wide
-
-BACKENDS = ("auto", "triton", "chunk", "reference")
 
 State = InfiniState | tuple[Tensor, Tensor, Tensor]
 
@@ -89,12 +88,12 @@ def infini_memory(
         expect("write_gate", write_gate, "B, T, G", shape, (q.dtype, state_dtype(q)), q.device)
     check_mask(mask, q, (sizes.batch, sizes.length))
     check_choice("input_precision", input_precision, PRECISIONS)
-    _check_number("block", block, 1)
-    _check_number("lookback", lookback, 0)
+    check_number("block", block, 1)
+    check_number("lookback", lookback, 0)
     if not (clamp > 0 and math.isfinite(clamp)):
         raise ValueError(f"clamp={clamp!r} is not possible; expected a finite number above 0.")
     initial = None if initial_state is None else _given("initial_state", initial_state, sizes, q)
-    check_choice("backend", backend, BACKENDS)
+    check_choice("backend", backend, FORCED)
     chosen = choose("infini_memory", backend, q.device, q.dtype, refusal(sizes.features, sizes.width))
     if chosen == "triton":
         options = (block, lookback, clamp, input_precision)
@@ -140,7 +139,7 @@ def infini_memory_step(
     no = refusal(features, local.shape[2])
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, local, gate, held.M, held.z)):
         no = "a gradient is asked for, and the Triton step has none"
-    check_choice("backend", backend, BACKENDS)
+    check_choice("backend", backend, FORCED)
     chosen = choose("infini_memory_step", backend, q.device, q.dtype, no)
     if chosen == "triton":
         from kernels.infini_memory import library
@@ -191,11 +190,6 @@ def _check_gate(gate: Tensor, shape: tuple[int, ...], q: Tensor) -> None:
     expect("gate", gate, letters, shape, (q.dtype, state_dtype(q)), q.device)
 
 
-def _check_number(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}={value!r} is not possible; expected a whole number of at least {least}.")
-
-
 def _groups(name: str, state: object, heads: int) -> int:
     """G, which has to divide H."""
     M = state[0] if isinstance(state, tuple) and len(state) == 3 else None
@@ -214,9 +208,19 @@ def _groups(name: str, state: object, heads: int) -> int:
 def _given(name: str, state: State, sizes: Sizes, q: Tensor) -> InfiniState:
     if not isinstance(state, tuple) or len(state) != 3:
         raise ValueError(f"{name} is a {type(state).__name__}; expected InfiniState(M, z, n) or None.")
-    M, z, n = state
-    check_state(f"{name}.M", M, "B, G, F, D", sizes.state(sizes.features, sizes.width), q)
-    check_state(f"{name}.z", z, "B, G, F", sizes.state(sizes.features), q)
+    held = InfiniState(*state)
+    check_memory(name, held, sizes, q)
+    return held
+
+
+def check_memory(name: str, state: InfiniState, sizes: Sizes, q: Tensor) -> None:
+    """The three tensors of a state.
+
+    Raises:
+        ValueError: as `expect`.
+    """
+    letter = "N" if sizes.states != sizes.batch else "B"
+    check_state(f"{name}.M", state.M, f"{letter}, G, F, D", sizes.state(sizes.features, sizes.width), q)
+    check_state(f"{name}.z", state.z, f"{letter}, G, F", sizes.state(sizes.features), q)
     counts = (torch.float64, torch.int64, *([torch.float32] if q.device.type == "mps" else []))
-    expect(f"{name}.n", n, "B, G", sizes.state(), counts, q.device)
-    return InfiniState(M, z, n)
+    expect(f"{name}.n", state.n, f"{letter}, G", sizes.state(), counts, q.device)

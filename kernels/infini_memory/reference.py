@@ -43,35 +43,21 @@ def infini_memory(
     dtype, (batch, length), groups = v.dtype, q.shape[:2], k.shape[2]
     q, k, v, local = wide(q), wide(k), wide(v), wide(local)
     weight = k.new_ones(batch, length, groups) if write_gate is None else write_gate.to(k.dtype)
-    M, z, n = initial.M * _over(initial.n, initial.M), initial.z * _over(initial.n, initial.z), initial.n
+    M, z, n = initial.M * over(initial.n, initial.M), initial.z * over(initial.n, initial.z), initial.n
     clamped, nonfinite = (torch.zeros(batch, groups, dtype=torch.int64, device=q.device) for _ in range(2))
 
     def write(index: int) -> None:
         """Add block `index` to the sums, its mean limited."""
         nonlocal M, z, n, clamped, nonfinite
-        update_M, update_z, count = torch.zeros_like(M), torch.zeros_like(z), torch.zeros_like(z[..., 0])
-        for t in range(index * block, (index + 1) * block):
-            key, value, w = k[:, t], v[:, t], weight[:, t]
-            largest = torch.maximum(key.abs().amax(-1), value.abs().amax(-1))
-            fits = (torch.maximum(largest, w.abs()) < LARGEST).detach()
-            here = torch.ones_like(fits) if mask is None else mask[:, t, None]
-            nonfinite = nonfinite + (here & ~fits & ~(w <= 0))
-            taken = here & fits & (w > 0)
-            key, value = (torch.where(taken.unsqueeze(-1), x, 0) for x in (key, value))
-            w = torch.where(taken, w, 0)
-            weighted = w.unsqueeze(-1) * key
-            update_M = update_M + weighted.unsqueeze(-1) * value.unsqueeze(-2)
-            update_z, count = update_z + weighted, count + w.detach()
-        mean = torch.maximum(update_M.detach().abs().amax((-1, -2)), update_z.detach().abs().amax(-1))
-        mean = mean / count.clamp_min(TINY)
-        clamped = clamped + (mean > clamp)
-        limit = clamp / mean.clamp_min(clamp)
-        M, z = M + update_M * _over(limit, M), z + update_z * _over(limit, z)
-        n = n + count.to(n.dtype)
+        tokens = slice(index * block, (index + 1) * block)
+        seen = None if mask is None else mask[:, tokens]
+        update, limited, lost = block_update(k[:, tokens], v[:, tokens], weight[:, tokens], seen, clamp)
+        M, z, n = M + update.M, z + update.z, n + update.n.to(n.dtype)
+        clamped, nonfinite = clamped + limited, nonfinite + lost
 
     def state() -> InfiniState:
         held = n.clamp_min(TINY)
-        return InfiniState(M / _over(held, M), z / _over(held, z), n)
+        return InfiniState(M / over(held, M), z / over(held, z), n)
 
     outs = []
     for t in range(length):
@@ -83,6 +69,38 @@ def infini_memory(
     return torch.stack(outs, 1).to(dtype), state(), InfiniCounters(clamped, nonfinite)
 
 
-def _over(x: Tensor, like: Tensor) -> Tensor:
+def block_update(
+    k: Tensor, v: Tensor, weight: Tensor, mask: Tensor | None, clamp: float
+) -> tuple[InfiniState, Tensor, Tensor]:
+    """What one block adds to the sums, token by token, its mean limited.
+
+    Args:
+        k: `[B, S, G, F]`; v: `[B, S, G, D]`; weight: `[B, S, G]`; fp32 or fp64.
+        mask: `[B, S]` bool, False where a token is not written.
+
+    Returns:
+        the sums; `[B, G]` bool, whether they were limited; `[B, G]` int64, the tokens left out.
+    """
+    batch, _, groups, features = k.shape
+    M, z = k.new_zeros(batch, groups, features, v.shape[-1]), k.new_zeros(batch, groups, features)
+    count, lost = torch.zeros_like(z[..., 0]), torch.zeros(batch, groups, dtype=torch.int64, device=k.device)
+    for t in range(k.shape[1]):
+        key, value, w = k[:, t], v[:, t], weight[:, t]
+        largest = torch.maximum(key.abs().amax(-1), value.abs().amax(-1))
+        fits = (torch.maximum(largest, w.abs()) < LARGEST).detach()
+        here = torch.ones_like(fits) if mask is None else mask[:, t, None]
+        lost = lost + (here & ~fits & ~(w <= 0))
+        taken = here & fits & (w > 0)
+        key, value = (torch.where(taken.unsqueeze(-1), x, 0) for x in (key, value))
+        w = torch.where(taken, w, 0)
+        weighted = w.unsqueeze(-1) * key
+        M = M + weighted.unsqueeze(-1) * value.unsqueeze(-2)
+        z, count = z + weighted, count + w.detach()
+    mean = torch.maximum(M.detach().abs().amax((-1, -2)), z.detach().abs().amax(-1)) / count.clamp_min(TINY)
+    limit = clamp / mean.clamp_min(clamp)
+    return InfiniState(M * over(limit, M), z * over(limit, z), count), mean > clamp, lost
+
+
+def over(x: Tensor, like: Tensor) -> Tensor:
     """`[B, G]` against `[B, G, ...]`, in that dtype."""
     return x.to(like.dtype).view(*x.shape, *[1] * (like.dim() - 2))

@@ -16,11 +16,13 @@ from triton.compiler import ASTSource, compile
 
 from kernels.infini_memory import fused as infini
 from kernels.linear_attention import fused
+from kernels.window_linear_attention import fused as window
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 INPUTS = {"q", "k", "v", "out", "dout", "dq", "dk", "dv", "local", "answers", "dlocal"}
+INPUTS |= {"phi_q", "phi_k", "sink_k", "sink_v"}
 STORED = {"states_M", "after_M"}
-SIZES = {"T", "NT", "H", "G", "SEGMENTS", "rows", "NS", "NB", "SHIFT", "ROWS"}
+SIZES = {"T", "NT", "H", "G", "SEGMENTS", "rows", "NS", "NB", "SHIFT", "ROWS", "RUNS", "W"}
 TYPES = {
     "eps": "fp32",
     "clamp": "fp32",
@@ -29,6 +31,9 @@ TYPES = {
     "initial_n": "*fp64",
     "lost": "*i32",
     "limited": "*i32",
+    "before": "*i64",
+    "sink_seen": "*i1",
+    "n": "*fp64",
 }
 
 
@@ -43,6 +48,11 @@ def pointer(name: str, dtype: str) -> str:
     if name in SIZES:
         return "i32"
     return TYPES.get(name, "*fp32")
+
+
+def window_pointer(name: str, dtype: str) -> str:
+    """As `pointer`, where `scale` is that of softmax."""
+    return "fp32" if name == "scale" else pointer(name, dtype)
 
 
 def shared(
@@ -95,6 +105,32 @@ def main(capability: int, dtype: str, width: int) -> dict[str, int]:
     found["infini_one_token"] = shared(
         infini._one_token, capability, dtype, own | {"BF": width, "BD": 32}, {}
     )
+    return found | with_a_window(capability, dtype, width, constants, options)
+
+
+def with_a_window(capability: int, dtype: str, width: int, constants: dict, options: dict) -> dict[str, int]:
+    """The kernels of `window_linear_attention` that are its own."""
+    own = constants | dict.fromkeys(("EXTRA", "HAS_MASK"), True)
+    own |= {"K": width, "BK": constants["BF"], "SINKS": 4, "BS": 16, "LENGTH": window.RUN}
+    given = (capability, dtype)
+    found = {}
+    for size in (32, 100):
+        cut = window.Cut.of(4 * size, size, 1)
+        sizes = own | {
+            "S": size,
+            "P": cut.span,
+            "BT": cut.tile,
+            "TILES": cut.tiles,
+            "WITHIN": cut.span > size,
+        }
+        found[f"window_output {size}"] = shared(window._output, *given, sizes, options, window_pointer)
+    sizes = own | {"S": 32, "BT": fused.CHUNK}
+    for kernel in (window._query_gradients, window._key_gradients, window._sink_gradients):
+        found[f"window{kernel.__name__}"] = shared(kernel, *given, sizes, fused.GRADIENTS, window_pointer)
+    rows = own | {"BD": width, "BR": 16}
+    found["window_row_gradients"] = shared(window._row_gradients, *given, rows, {}, window_pointer)
+    step = own | {"BK": width, "BF": width, "BD": 32, "BW": min(64, 8192 // width), "BS": 4}
+    found["window_one_token"] = shared(window._one_token, *given, step, {}, window_pointer)
     return found
 
 

@@ -1,0 +1,1 @@
+"""An exact window, sinks and a linear sum over everything older, under one denominator."""
