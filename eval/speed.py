@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from eval.ablation import is_replaced
-from eval.peak import peak_bytes
 from eval.stored import kept
 from eval.stream import Stream, cache_bytes, device_of, pieces, reach_of, slot_bytes
-from replace.convert import attention_layers
+from kernels.peak import peak_bytes
+from eval.stream import Stream, cache_bytes, device_of, pieces, reach_of, slot_bytes
 
 CHUNK = 1024
 """Tokens of one forward while a context is read."""

@@ -238,7 +238,7 @@ class LoggerConfig:
 
 @dataclass
 class Config:
-    """One run; `export_dtype` (fp32, bf16, fp16) is that of the exported weights, the mixers' own but.
+    """One run; `export_dtype` (fp32, bf16, fp16) is that of the exported weights, the mixers' own excepted.
 
     `softmax_backend` computes what is left of softmax attention: auto (the first that can of torch's flash,
     efficient and math), one of these where it can, or xformers; see `replace/softmax_backend.py`.

@@ -57,7 +57,7 @@ def trained_through(layer: nn.Module) -> nn.Module:
     backward is then wrong, without an error.
     """
     if hasattr(layer, "support_avx512bf16_for_cpu"):
-        layer.support_avx512bf16_for_cpu = False
+        setattr(layer, "support_avx512bf16_for_cpu", False)  # noqa: B010 (nn.Module types it as a module)
     return layer
 
 

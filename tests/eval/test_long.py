@@ -11,9 +11,9 @@ from eval.measure import measure, yardstick
 from eval.measurements import MEASUREMENTS
 from eval.measurements.niah import means as niah_means
 from eval.measurements.streaming import read_book, teacher_window, window_of
-from eval.peak import peak_bytes
 from eval.perplexity import token_losses, tokenise
 from eval.stream import Reach, Stream, cache_bytes, pieces, reach_of
+from kernels.peak import peak_bytes
 from replace.compose import compose
 from replace.config import AttentionConfig, Config, EvalConfig, ModelConfig
 from replace.convert import SwapSpec, swap

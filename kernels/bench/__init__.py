@@ -1,0 +1,1 @@
+"""`python -m kernels.bench`: how fast the operators are, beside others in the same run, if they are right."""
