@@ -16,7 +16,7 @@ from eval.ablation import is_replaced
 from eval.stored import kept
 from eval.stream import Stream, cache_bytes, device_of, pieces, reach_of, slot_bytes
 from kernels.peak import peak_bytes
-from eval.stream import Stream, cache_bytes, device_of, pieces, reach_of, slot_bytes
+from replace.convert import attention_layers
 
 CHUNK = 1024
 """Tokens of one forward while a context is read."""
