@@ -50,7 +50,7 @@ def quantise(model: PreTrainedModel, precision: str) -> dict[str, nn.Module]:
     return kept
 
 
-def trained_through(layer: nn.Module) -> nn.Module:
+def trained_through(layer: Any) -> Any:
     """Keep a 4-bit layer in the form that a backward can read.
 
     On some CPUs bitsandbytes packs the weight anew in the first forward without gradient, and for good; a
