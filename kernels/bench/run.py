@@ -11,6 +11,7 @@ from tqdm import tqdm
 from kernels.bench import clock, plot, record
 from kernels.bench.cells import Cell, calls, probes, steps
 from kernels.bench.machine import commit, device_name, versions
+from kernels.bench.ops import window_linear_attention
 from kernels.bench.ops.base import Op
 from kernels.bench.ops.gated_delta_rule import DeltaRule, GatedDeltaRule
 from kernels.bench.ops.infini_memory import InfiniMemory
@@ -27,7 +28,10 @@ LOG = logging.getLogger(__name__)
 
 def ops_for(device: torch.device) -> list[Op]:
     """What is measured; forms that are there to compare Triton kernels with others', on a GPU only."""
-    found: list[Op] = [LinearAttention(), GatedDeltaRule(), InfiniMemory(), SoftmaxAttention()]
+    found: list[Op] = [LinearAttention(), GatedDeltaRule(), InfiniMemory()]
+    if window_linear_attention.there():
+        found.append(window_linear_attention.WindowLinearAttention())
+    found.append(SoftmaxAttention())
     if device.type == "cuda":
         found += [UnnormalizedLinearAttention(), DeltaRule()]
     return found
@@ -55,16 +59,18 @@ def bench(size: Size, ops: Sequence[Op], device: torch.device, path: Path) -> li
 
     try:
         for width in size.widths:
-            for kind, make, rounds, take in (
-                ("sequences", calls, size.rounds, partial(clock.sample, device=device, most=10, least=0.05)),
-                ("one token", steps, -(-size.steps // SHORT), partial(_steps, device=device)),
+            of_calls = partial(clock.sample, device=device, most=10, least=0.05)
+            of_steps = partial(_steps, device=device)
+            for kind, make, rounds, seconds, take in (
+                ("sequences", calls, size.rounds, size.seconds, of_calls),
+                ("one token", steps, -(-size.steps // SHORT), size.seconds / 4, of_steps),
             ):
                 cells = probes(size, width, device)
                 label = f"{kind}, head dim {width}"
                 for cell in tqdm(make(size, ops, width, device), desc=f"{label}: is it right", unit="form"):
                     cells.append(cell)
                 with tqdm(total=rounds * len(cells), desc=f"{label}: rounds", bar_format=BAR) as bar:
-                    clock.in_turns(cells, take, rounds, size.seconds, bar, keep)
+                    clock.in_turns(cells, take, rounds, seconds, bar, keep)
                 done, cells = list(kept), []
     finally:
         keep()

@@ -18,7 +18,7 @@ class Size:
         contexts: tokens before a decoded one.
         steps: samples of a decoded token.
         rounds: how often every form is visited, unless `seconds` have gone by before (three rounds at least).
-        seconds: of timing, for each head dim.
+        seconds: of timing whole sequences, for each head dim; a quarter of it for decoded tokens.
         copy: bytes of the copy that gives the memory bandwidth.
         matmul: rows of the square product that gives the rate of arithmetic.
     """

@@ -12,8 +12,13 @@ from kernels.infini_memory.state import InfiniCounters, InfiniState, written_blo
 from kernels.linear_memory.chunk import EMPTY, LARGEST, Memory, read, write_linear
 from kernels.numerics import count_dtype, wide
 
-PIECE = 512
-"""Tokens computed at once, at least one block."""
+PIECE = 1024
+"""Tokens times rows times key-value heads computed at once, at least one block.
+
+By measurement (milliseconds of one thread of a Xeon with 2 MB of L2 a core; 4,096 tokens, 4 heads of 64,
+blocks of 32; forward, and with backward): 512 took 38.9 and 108, 1024 36.1 and 109, 2048 43.9 and 118, 4096
+40.7 and 122.
+"""
 
 
 def mixed(numerator: Tensor, denominator: Tensor, gate: Tensor, local: Tensor) -> Tensor:
@@ -48,7 +53,7 @@ def infini_memory(
     block: int,
     lookback: int,
     clamp: float,
-    piece: int = PIECE,
+    piece: int | None = None,
 ) -> tuple[Tensor, InfiniState, InfiniCounters]:
     """`kernels.infini_memory`, about `piece` tokens at a time; arguments checked before."""
     dtype, (batch, length), groups = v.dtype, q.shape[:2], k.shape[2]
@@ -62,7 +67,7 @@ def infini_memory(
     rows = _cut(q, blocks, block, groups)
     carry = Memory(initial.M, initial.z, initial.n.to(count_dtype(q.device)))
     numerators, denominators, limited = [], [], []
-    count = max(1, piece // block)
+    count = max(1, (piece or PIECE // (batch * groups)) // block)
     for queries, keys, values, gates in zip(*(x.split(count, 2) for x in (rows, k, v, weight)), strict=True):
         states, clamped = write_linear(keys, values, gates.squeeze(-1), carry, clamp)
         before = Memory(states.M[:, :, :-1], states.z[:, :, :-1], states.n[:, :, :-1])

@@ -10,12 +10,11 @@ import torch
 
 from kernels.bench import clock, record
 from kernels.bench.cells import Cell
+from kernels.bench.ops import window_linear_attention
 from kernels.bench.ops.base import Given, Op, Outputs
-from kernels.bench.ops.gated_delta_rule import GatedDeltaRule
-from kernels.bench.ops.infini_memory import InfiniMemory
 from kernels.bench.ops.linear_attention import LinearAttention
 from kernels.bench.ops.softmax_attention import SoftmaxAttention
-from kernels.bench.run import bench
+from kernels.bench.run import bench, ops_for
 from kernels.bench.size import Size
 from kernels.testing import tolerance
 
@@ -34,13 +33,14 @@ class Bar:
 
 def test_every_form_length_and_direction_has_a_row(tiny: Size, sdpa: Op, tmp_path: Path) -> None:
     path = tmp_path / "cpu.csv"
-    rows = bench(tiny, [LinearAttention(), GatedDeltaRule(), InfiniMemory(), sdpa], CPU, path)
+    rows = bench(tiny, [*ops_for(CPU)[:-1], sdpa], CPU, path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["cpu.csv", "cpu.png"]
     assert record.read(path) == rows
     with path.open(newline="") as file:
         assert tuple(next(csv.reader(file))) == record.COLUMNS
     found = {(row["op"], row["provider"], row["direction"], int(row["T"])) for row in rows}
-    ours = ("linear_attention", "gated_delta_rule", "infini_memory")
+    ours = ["linear_attention", "gated_delta_rule", "infini_memory"]
+    ours += [window_linear_attention.NAME] if window_linear_attention.there() else []
     both = ("forward", "forward_backward")
     assert found == (
         {(op, "chunk", direction, length) for op in ours for direction in both for length in (32, 64)}
