@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from replace.convert import attention_layers
-from replace.corpora import Document
+from replace.corpora import Document, choosing_split
 from replace.episodes import Episode, haystack, make_episode
 from replace.layer import AttentionModule
 from replace.observe import Attending, observe
@@ -23,18 +23,19 @@ def retrieval_scores(
 ) -> dict[int, float]:
     """For each layer, the largest share of attention that one head puts on the needle while answering.
 
-    Measured on 8 seeded pass-key episodes of at most 512 tokens in training text.
+    Measured on 8 seeded pass-key episodes of at most 512 tokens in dev text, phrased as in the training.
 
     Returns:
         layer index -> mean over the episodes of the best head's share, 0 to 1.
     """
-    source = haystack("novel", [d for d in documents if d.split == "train"], tokenizer)
+    source, split = haystack("novel", documents, tokenizer), choosing_split(documents)
     rng = random.Random(f"retrieval {seed}")
     layers = [module for _, module in attention_layers(model)]
     total = {module.layer_idx: 0.0 for module in layers}
     limit = min(LENGTH, model.config.get_text_config(decoder=True).max_position_embeddings)
     for number in range(EPISODES):
-        episode = make_episode(tokenizer, rng, limit, (number + 0.5) / EPISODES * 0.8, "passkey", source)
+        depth = (number + 0.5) / EPISODES * 0.8
+        episode = make_episode(tokenizer, rng, limit, depth, "passkey", source, haystack_split=split)
 
         def look(module: AttentionModule, attending: Attending, episode: Episode = episode) -> None:
             total[module.layer_idx] += _share(attending, episode) / EPISODES
