@@ -28,6 +28,7 @@ A phase is one of PHASES and has, as far as it was measured,
      "writing": see eval.measurements.generation, "inside": see eval.measurements.inside,
      "speed": {"state": see eval.speed.kept_bytes, "decode": see eval.speed.decode_speed},
      "generation": {"episodes", "exact", "agrees"}, "seconds": {"<measurement>": seconds},
+     "choice": of the teacher: the ranking of its layers, see replace.ranking, and "taken": layers,
      "training": {"tokens", "loss_first", "loss_last", "skipped_steps", "clamped", "nonfinite",
                   "patterns": {"<of distill.watch>": step at which it was first seen}}}
 
