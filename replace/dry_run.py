@@ -10,6 +10,8 @@ import torch
 from replace.config import AttentionConfig, Config, StageBudget
 from replace.loading import ModelFacts, check_model
 from replace.mixer import VARIANTS, BlockMixer, Heads
+from replace.ranking import MEASURED, measurements
+from replace.retrieval import EPISODES, LENGTH
 from replace.validation import selected
 
 PlanFor = Callable[..., Any]
@@ -40,9 +42,10 @@ def describe(config: Config, plan_for: PlanFor) -> str:
     plan = make_plan(config, facts)
     peak = measure_peak()
     per_minute = SHARE_OF_PEAK * peak * 60 / (2 * facts.parameters)  # token-passes
-    training, evaluation = (
+    training, evaluation, choice = (
         plan.training_passes / per_minute,
         evaluation_tokens(config, facts, plan_for) / per_minute,
+        choice_passes(config, facts) / per_minute,
     )
     others = f"{plan.rest_layers} get {config.layers.rest}" if plan.rest_layers else "others keep theirs"
     lines = [
@@ -56,7 +59,9 @@ def describe(config: Config, plan_for: PlanFor) -> str:
     if config.lora.kind != "none" and plan.tuned:
         words = f"{config.lora.kind}, rank {config.lora.rank}, {config.lora.data}"
         lines.append(f"  lora     trains adapters on {plan.tuned:,} tokens ({words})")
-    total = training + evaluation
+    total = training + evaluation + choice
+    if choice:
+        lines.append(f"  choice   {_choosing(config, facts)}, about {choice:.1f} minutes")
     lines += [
         f"  time     about {total:.0f} minutes (training {training:.0f}, evaluation {evaluation:.0f})",
         f"  memory   about {memory_bytes(config, facts, plan) / 2**30:.1f} GiB",
@@ -97,6 +102,19 @@ def make_plan(config: Config, facts: ModelFacts) -> Plan:
         training_passes=training,
         tuned=tuned,
     )
+
+
+def choice_passes(config: Config, facts: ModelFacts) -> float:
+    """Token-passes of a choice of layers; 0 where nothing is measured for one."""
+    layers, budget = config.layers, config.budget.choice
+    if layers.select not in MEASURED or layers.ranking is not None:
+        return 0.0
+    many, transfers = measurements(layers, facts.layers)
+    projections = 2 * facts.hidden * facts.head_dim * (facts.heads + facts.kv_heads)
+    local = facts.layers * (projections + added_parameters(config.attention, config.attention.name, facts))
+    looked = EPISODES * LENGTH if layers.select == "retrieval" else 0
+    trained = transfers * budget.tokens * (1 + 3 * local / facts.parameters)
+    return looked + many * (budget.rows + budget.episodes) * budget.length + trained
 
 
 def added_parameters(attention: AttentionConfig, variant: str, facts: ModelFacts) -> int:
@@ -182,11 +200,25 @@ def measure_peak(seconds: float = 0.3) -> float:
     return 2 * PROBE**3 / best
 
 
+def _choosing(config: Config, facts: ModelFacts) -> str:
+    """What is measured for a choice of layers, in words."""
+    many, transfers = measurements(config.layers, facts.layers)
+    budget = config.budget.choice
+    words = [f"the teacher's attention in {EPISODES} episodes"] if config.layers.select == "retrieval" else []
+    if many:
+        tokens = (budget.rows + budget.episodes) * budget.length
+        words.append(f"{many} measurements of {tokens:,} tokens of dev text")
+        words.append(f"a transfer of {transfers * budget.tokens:,} tokens")
+    return " and ".join(words)
+
+
 def _which(config: Config, facts: ModelFacts) -> str:
     """The chosen layers in words."""
     chosen = selected(config.layers, facts.layers)
+    if config.layers.ranking is not None:
+        return f"as ranked in {config.layers.ranking}"
     if chosen is None:
-        return "measured first: where the teacher retrieves"
+        return f"measured first: {MEASURED[config.layers.select]}"
     return "all" if len(chosen) == facts.layers else ", ".join(map(str, chosen))
 
 

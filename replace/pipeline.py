@@ -23,6 +23,7 @@ from distill.checkpoint import load_stage
 from distill.continued import continued_stage
 from distill.data import Mixture, check_text
 from distill.lora.tune import check_tuning, tune, tunes
+from distill.selection import rank
 from distill.stages import Stage, check_head, language_stage, transfer_stage
 from distill.trainer import train
 from eval.ablation import mixers as mixers_of
@@ -30,11 +31,11 @@ from eval.ablation import parts_of
 from eval.card import results_of
 from eval.checklist import checklist
 from eval.measure import Yardstick, conclude, keep_teacher, measure, yardstick
-from eval.metrics import FILE, comparable, new_metrics, read_metrics, write_metrics
+from eval.metrics import FILE, clean, comparable, new_metrics, read_metrics, write_metrics
 from eval.objective import objective
 from eval.plan import clear_tokens
 from eval.report import read_log, write_report
-from eval.stored import items_of
+from eval.stored import Store, code_hash, content, items_of
 from kernels.dispatch import force
 from replace.cache import ReplacedCacheLayer
 from replace.choice import layers_of, spec_of
@@ -44,14 +45,15 @@ from replace.corpora import Document, load_documents, provenance_of
 from replace.errors import UserError
 from replace.export.write import export
 from replace.files import atomic_write
-from replace.loading import Loaded, load_model, load_tokenizer
+from replace.loading import Loaded, cache_dir, load_model, load_tokenizer
 from replace.logger import Logger, NoLogger, open_logger
 from replace.machine import device_of_choice, keep_freed_memory
 from replace.memory import MemoryMixer
 from replace.precision import DTYPES, autocast
 from replace.properties.examine import check as check_properties
 from replace.properties.examine import magnitudes
-from replace.retrieval import retrieval_layers, retrieval_scores
+from replace.ranking import FILE as RANKING
+from replace.ranking import read_ranking, taken
 from replace.softmax_backend import SoftmaxKernels
 from replace.validation import selected
 
@@ -114,7 +116,13 @@ def _phases(
         with autocast(config.precision, model.device):
             keep_teacher(model, tokenizer, config, using)
 
-    conversion = swap(model, choose(config, loaded, documents, run_dir), keep_originals=True)
+    began = time.perf_counter()
+    spec = choose(config, loaded, documents, run_dir)
+    if (run_dir / RANKING).exists():
+        metrics["wall_seconds"].setdefault("choice", round(time.perf_counter() - began, 1))
+        ranking = read_ranking(run_dir / RANKING)
+        metrics["phases"]["teacher"]["choice"] = ranking | {"taken": taken(ranking, config.layers)}
+    conversion = swap(model, spec, keep_originals=True)
     check_head(model, probe_ids(model))
     check_properties(model)
     metrics["softmax_attention"] = softmax.settle(model)
@@ -247,19 +255,48 @@ def phase(metrics: dict, run_dir: Path, name: str, log: Logger) -> Iterator[dict
 
 
 def choose(config: Config, loaded: Loaded, documents: list[Document], run_dir: Path) -> SwapSpec:
-    """Which layer gets what: `attention` for the selected ones, `layers.rest` for the others."""
-    indices, chosen = layers_of(loaded.model), None
-    if selected(config.layers, len(indices)) is None:
-        path = run_dir / "retrieval.json"
-        earlier = Path(config.source or run_dir).expanduser() / path.name
-        if not path.exists() and earlier.exists():
-            atomic_write(path, earlier.read_bytes())
-        if not path.exists():
-            scores = retrieval_scores(loaded.model, loaded.tokenizer, documents)
-            atomic_write(path, json.dumps(scores, indent=1))
-        scores = {int(i): score for i, score in json.loads(path.read_text()).items()}
-        chosen = retrieval_layers(scores, config.layers.k)
+    """Which layer gets what: `attention` for the selected ones, `layers.rest` for the others.
+
+    A ranking, where one is needed, is read from the run's folder if it is there: no run chooses anew.
+    """
+    indices, path = layers_of(loaded.model), run_dir / RANKING
+    if selected(config.layers, len(indices)) is not None:
+        return spec_of(config, indices)
+    if not path.exists():
+        earlier = config.source or config.layers.ranking
+        if earlier is None:
+            ranking = _ranked(config, loaded, documents)
+        else:
+            ranking = read_ranking(Path(earlier).expanduser(), "from" if config.source else "layers.ranking")
+            logger.info("the layers' ranking is taken from %s", earlier)
+        atomic_write(path, json.dumps(ranking, indent=1) + "\n")
+    chosen = taken(read_ranking(path, "resume"), config.layers)
+    logger.info("layers=%s: %s", config.layers.select, ", ".join(map(str, chosen)))
     return spec_of(config, indices, chosen)
+
+
+def _ranked(config: Config, loaded: Loaded, documents: list[Document]) -> dict:
+    """The layers' ranking: the one that the same model, text and options had before, or a new one."""
+    store = Store(cache_dir() / "rankings")
+    known = [document for document in documents if document.split != "test"]
+    parts = [config.attention, config.layers, config.stage, config.data, config.budget.choice]
+    key = {
+        "measurement": "layers",
+        "code": code_hash("distill.selection"),
+        "options": [content(part) for part in [*parts, config.model, config.seed, config.precision]],
+        "about": items_of(known, loaded.tokenizer, clear_tokens(config.attention)),
+        **store.of(loaded.model),
+    }
+    ranking = store.load(key)
+    if ranking is None:
+        ranking = clean(rank(loaded.model, loaded.tokenizer, known, config))
+        store.save(key, ranking)
+    else:
+        minutes = ranking["seconds"]["spent"] / 60
+        logger.info(
+            "the layers were ranked before, in %.1f minutes: the same model, text and options", minutes
+        )
+    return ranking
 
 
 def adopt(model: nn.Module, config: Config, first: int) -> None:

@@ -1,18 +1,15 @@
 """Where a memory is worth having: layers in which the teacher looks from the answer back to the needle."""
 
-import logging
 import random
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from replace.convert import attention_layers
-from replace.corpora import Document
+from replace.corpora import Document, choosing_split
 from replace.episodes import Episode, haystack, make_episode
 from replace.layer import AttentionModule
 from replace.observe import Attending, observe
-
-logger = logging.getLogger(__name__)
 
 EPISODES, LENGTH = 8, 512
 
@@ -23,18 +20,19 @@ def retrieval_scores(
 ) -> dict[int, float]:
     """For each layer, the largest share of attention that one head puts on the needle while answering.
 
-    Measured on 8 seeded pass-key episodes of at most 512 tokens in training text.
+    Measured on 8 seeded pass-key episodes of at most 512 tokens in dev text, phrased as in the training.
 
     Returns:
         layer index -> mean over the episodes of the best head's share, 0 to 1.
     """
-    source = haystack("novel", [d for d in documents if d.split == "train"], tokenizer)
+    source, split = haystack("novel", documents, tokenizer), choosing_split(documents)
     rng = random.Random(f"retrieval {seed}")
     layers = [module for _, module in attention_layers(model)]
     total = {module.layer_idx: 0.0 for module in layers}
-    limit = min(LENGTH, model.config.get_text_config(decoder=True).max_position_embeddings)
+    limit = _length(model)
     for number in range(EPISODES):
-        episode = make_episode(tokenizer, rng, limit, (number + 0.5) / EPISODES * 0.8, "passkey", source)
+        depth = (number + 0.5) / EPISODES * 0.8
+        episode = make_episode(tokenizer, rng, limit, depth, "passkey", source, haystack_split=split)
 
         def look(module: AttentionModule, attending: Attending, episode: Episode = episode) -> None:
             total[module.layer_idx] += _share(attending, episode) / EPISODES
@@ -52,8 +50,11 @@ def _share(attending: Attending, episode: Episode) -> float:
     return float(weights[..., episode.needle].sum(-1).mean(-1).max())
 
 
-def retrieval_layers(scores: dict[int, float], k: int) -> list[int]:
-    """The k layers with the largest share, in order; all of them where k is larger than their number."""
-    best = sorted(sorted(scores, key=lambda i: (-scores[i], i))[:k])
-    logger.info("retrieval layers: %s", ", ".join(f"{i} ({scores[i]:.2f})" for i in best))
-    return best
+def protocol(model: PreTrainedModel, documents: list[Document]) -> dict[str, str | int]:
+    """How the scores are measured, for a ranking."""
+    return {"text": choosing_split(documents), "episodes": EPISODES, "length": _length(model)}
+
+
+def _length(model: PreTrainedModel) -> int:
+    """Tokens of an episode."""
+    return min(LENGTH, model.config.get_text_config(decoder=True).max_position_embeddings)

@@ -20,11 +20,12 @@ from replace.config import (
 )
 from replace.errors import UserError, bad_value
 from replace.families import NOT_CAPTURED
+from replace.ranking import MEASURED, SEARCHES, check_k, check_ranking, read_ranking
 
 if TYPE_CHECKING:
     from replace.loading import ModelFacts
 
-SELECTS = ("all", "every", "first", "last", "list", "retrieval")
+SELECTS = ("all", "every", "first", "last", "list", *MEASURED)
 LOCALS = ("segment", "sliding_window", "none")
 GATES = ("head", "token")
 WRITE_GATES = ("none", "token")
@@ -47,7 +48,17 @@ READ_BY: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
             "trust_remote_code": ("hf", "local"),
         },
     ),
-    "layers": ("select", {"indices": ("list",), "k": ("every", "first", "last", "retrieval")}),
+    "layers": (
+        "select",
+        {
+            "indices": ("list",),
+            "k": ("every", "first", "last", *MEASURED),
+            "search": ("auto",),
+            "recall_weight": ("auto",),
+            "compare": tuple(MEASURED),
+            "ranking": tuple(MEASURED),
+        },
+    ),
     "data": (
         "kind",
         {"path": ("files", "hf"), "name": ("hf",), "split": ("hf",), "text_field": ("files", "hf")},
@@ -91,6 +102,7 @@ def validate(config: Config, facts: "ModelFacts | None" = None) -> None:
     _check_names(config)
     facts = facts or _facts(config.model)
     _check_fit(config, facts)
+    _check_choice(config, facts)
     if _longest(config) > facts.max_position:
         longest = max(
             ("stage1", "stage2", "stage3", "lora"), key=lambda name: getattr(config.budget, name).length
@@ -117,6 +129,10 @@ def validate_swap(config: Config) -> "ModelFacts":
     _check_names(config)
     facts = _facts(config.model)
     _check_fit(config, facts)
+    if config.layers.select == "auto" and config.layers.ranking is None:
+        raise bad_value(
+            "layers", "auto", "layers.ranking=<run folder> beside it, since nothing is trained here"
+        )
     return facts
 
 
@@ -187,8 +203,8 @@ def _check_positions(name: str, length: int, positions: int) -> None:
 
 
 def selected(layers: LayersConfig, count: int) -> list[int] | None:
-    """The indices that `layers` selects in a model of `count` layers; None where measured (retrieval)."""
-    if layers.select == "retrieval":
+    """The indices that `layers` selects in a model of `count` layers; None where they are measured."""
+    if layers.select in MEASURED:
         return None
     if layers.select == "list":
         return sorted(layers.indices)
@@ -478,8 +494,43 @@ def _check_layers(layers: LayersConfig, count: int) -> None:
         _require(
             layers.k >= 1, "layers.k", layers.k, "at least 1; a model with fewer layers gives all of them"
         )
+    elif layers.select == "auto":
+        check_k(layers, count)
+        allowed = "keep, since layers=auto chooses which layers to swap at all"
+        _require(layers.rest == "keep", "layers.rest", layers.rest, allowed)
     elif layers.select != "all":
         _require(1 <= layers.k <= count, "layers.k", layers.k, f"1 to {count}, the model's layers")
+    _one_of("layers.search", layers.search, SEARCHES)
+    weight = layers.recall_weight
+    _require(weight >= 0, "layers.recall_weight", weight, "0 (by the KL alone) or more")
+
+
+def _check_choice(config: Config, facts: "ModelFacts") -> None:
+    """The ranking that is named fits; or what is measured for one is possible."""
+    layers, budget = config.layers, config.budget.choice
+    if layers.select not in MEASURED:
+        return
+    if layers.ranking is not None:
+        _require(bool(layers.ranking.strip()), "layers.ranking", layers.ranking, "a file, or a run's folder")
+        if config.resume is None:  # a run that began has its own copy
+            check_ranking(read_ranking(Path(layers.ranking).expanduser()), layers, facts.layers)
+        return
+    if layers.select == "retrieval" and not layers.compare:
+        return
+    exact = config.attention.block + config.attention.window
+    for name in ("batch", "rows", "episodes"):
+        value = getattr(budget, name)
+        _require(value >= 1, f"budget.choice.{name}", value, "a whole number of at least 1")
+    least = max(2 * config.attention.block, EPISODE + exact)
+    _require(
+        least <= budget.length <= facts.max_position,
+        *("budget.choice.length", budget.length),
+        f"{least} ({EPISODE} + attention.window + attention.block, and two blocks at least) "
+        f"to {facts.max_position}, the model's positions",
+    )
+    step = budget.batch * budget.length
+    allowed = f"at least {step}, one step of batch x length, or 0 (no transfer)"
+    _require(budget.tokens == 0 or budget.tokens >= step, "budget.choice.tokens", budget.tokens, allowed)
 
 
 def _check_stages(config: Config) -> None:

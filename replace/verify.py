@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from replace.interrupt import CODE, end_quietly
@@ -124,13 +125,17 @@ def _spec(config: Config, loaded: "Loaded") -> "SwapSpec":
     """Which layer gets what."""
     from replace.choice import layers_of, spec_of
     from replace.corpora import load_documents
-    from replace.retrieval import retrieval_layers, retrieval_scores
+    from replace.ranking import independent_order, read_ranking, taken
+    from replace.retrieval import retrieval_scores
 
-    indices = layers_of(loaded.model)
-    if selected(config.layers, len(indices)) is not None:
+    indices, layers = layers_of(loaded.model), config.layers
+    if selected(layers, len(indices)) is not None:
         return spec_of(config, indices)
+    if layers.ranking is not None:
+        return spec_of(config, indices, taken(read_ranking(Path(layers.ranking).expanduser()), layers))
     scores = retrieval_scores(loaded.model, loaded.tokenizer, load_documents(config.data))
-    return spec_of(config, indices, retrieval_layers(scores, config.layers.k))
+    order = independent_order({index: -share for index, share in scores.items()})
+    return spec_of(config, indices, sorted(order[: layers.k]))
 
 
 def _row(finding: "Finding") -> str:
