@@ -40,7 +40,7 @@ from replace.convert import Conversion, SwapSpec, attention_layers, mixers, prob
 from replace.corpora import Document, load_documents, provenance_of
 from replace.errors import UserError
 from replace.export.write import export
-from replace.files import atomic_write
+from replace.files import atomic_write, clear
 from replace.loading import Loaded, load_model, load_tokenizer
 from replace.logger import Logger, NoLogger, open_logger
 from replace.machine import device_of_choice, keep_freed_memory
@@ -99,7 +99,9 @@ def _phases(
         with autocast(config.precision, model.device):
             keep_teacher(model, tokenizer, config, using)
 
-    conversion = swap(model, choose(config, loaded, documents, run_dir), keep_originals=True)
+    spec = choose(config, loaded, documents, run_dir)
+    seed(config.seed)
+    conversion = swap(model, spec, keep_originals=True)
     check_head(model, probe_ids(model))
     check_properties(model)
     metrics["layers"] = [r.layer for r in conversion.replacements]
@@ -115,6 +117,7 @@ def _phases(
             mixture = _mixture(loaded, documents, config, number)
             training = train(model, _stage(model, config, number), mixture, config, run_dir, log)
             if result is not None:
+                seed(config.seed)
                 last = number == todo[-1]
                 result |= measure(model, tokenizer, config, phase=f"stage{number}", final=last, using=using)
                 result["training"] = training
@@ -174,16 +177,23 @@ def prepare(config: Config, run_dir: Path) -> None:
     force(config.kernels.backend)
     if config.threads:
         torch.set_num_threads(config.threads)
-    random.seed(config.seed)
-    torch.manual_seed(config.seed)
     run_dir.mkdir(parents=True, exist_ok=True)
+    clear(run_dir)
+    seed(config.seed)
     if not (run_dir / "config.json").exists():
         atomic_write(run_dir / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
+
+
+def seed(number: int) -> None:
+    """Begin the random numbers anew, so that what follows does not depend on what was skipped before."""
+    random.seed(number)
+    torch.manual_seed(number)
 
 
 @contextmanager
 def phase(metrics: dict, run_dir: Path, name: str, log: Logger) -> Iterator[dict | None]:
     """Yield a phase's dict to fill, which is kept when the block ends; None if it was measured already."""
+    seed(metrics["seed"])
     if name in metrics["phases"]:
         logger.info("%s was measured already", name)
         yield None
