@@ -1,6 +1,8 @@
 """Checkpoints: safetensors and JSON, checked by SHA-256, written under a temporary name and renamed.
 
-Nothing is ever unpickled.
+A checkpoint is a folder with state.safetensors, whose header also holds the counters, so that one checksum
+covers all that is read, and about.json: the checksum, and the counters once more for a person. Nothing is ever
+unpickled.
 """
 
 import hashlib
@@ -11,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from replace.files import atomic_folder, atomic_write
@@ -20,6 +23,9 @@ logger = logging.getLogger(__name__)
 
 KEEP = 2
 """Checkpoints kept inside a stage: the newest and, should it be damaged, the one before."""
+
+
+STATE, ABOUT = "state.safetensors", "about.json"
 
 
 @dataclass
@@ -33,17 +39,17 @@ class Progress:
 def save_step(
     folder: Path, names: list[str], model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress
 ) -> None:
-    """Write `folder/step-<n>`: trained parameters, optimizer moments, random state and counters."""
+    """Write `folder/step-<n>`: trained parameters, optimizer moments and counters."""
     tensors = _parameters(model, names)
     for group in optimizer.param_groups:
         for index, parameter in enumerate(group["params"]):
             for key, value in optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{group['name']}.{index}.{key}"] = torch.as_tensor(value)
-    tensors["random"] = torch.get_rng_state()
-    _write(
-        folder / f"step-{progress.step:07d}", tensors, {"step": progress.step, "counters": progress.counters}
-    )
-    for old in sorted(folder.glob("step-*"))[:-KEEP]:
+    newest = folder / f"step-{progress.step:07d}"
+    _write(newest, tensors, {"step": progress.step, "counters": progress.counters})
+    present = sorted(folder.glob("step-*"))
+    later = [path for path in present if path.name > newest.name]  # damaged: the stage began before them
+    for old in [*later, *[path for path in present if path not in later][:-KEEP]]:
         _remove(old)
 
 
@@ -67,7 +73,6 @@ def load_step(
                         key: value if key == "step" else value.to(parameter.device)
                         for key, value in state.items()
                     }
-        torch.set_rng_state(tensors["random"])
         return Progress(about["step"], about["counters"])
     return None
 
@@ -83,6 +88,8 @@ def load_stage(folder: Path, model: nn.Module) -> dict | None:
     """Take over a finished stage's parameters and return what `save_stage` was told; None if unfinished."""
     read = _read(folder / "final")
     if read is None:
+        if (folder / "final").is_dir():
+            logger.warning("the final checkpoint of %s is damaged; the stage is done again", folder.name)
         return None
     tensors, about = read
     _restore(model, tensors)
@@ -134,25 +141,28 @@ def _restore(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 def _write(folder: Path, tensors: dict[str, Tensor], about: dict) -> None:
     """One checkpoint folder, whole or not at all."""
     with atomic_folder(folder) as temporary:
-        save_file(tensors, temporary / "state.safetensors")
-        about = {**about, "sha256": _hash(temporary / "state.safetensors")}
-        atomic_write(temporary / "about.json", json.dumps(about, indent=1))
+        save_file(tensors, temporary / STATE, metadata={"about": json.dumps(about)})
+        about = {**about, "sha256": _hash(temporary / STATE)}
+        atomic_write(temporary / ABOUT, json.dumps(about, indent=1))
 
 
 def _read(folder: Path) -> tuple[dict[str, Tensor], dict] | None:
     """A checkpoint folder's tensors and description; None if it is missing or damaged."""
     try:
-        about = json.loads((folder / "about.json").read_text())
-        if about.get("sha256") != _hash(folder / "state.safetensors"):
+        written = json.loads((folder / ABOUT).read_text())
+        if written["sha256"] != _hash(folder / STATE):
             return None
-    except (OSError, ValueError):
+        with safe_open(folder / STATE, "pt") as file:
+            about = (file.metadata() or {}).get("about")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError):
         return None
-    return load_file(folder / "state.safetensors"), about
+    return tensors, written if about is None else json.loads(about)  # none: of an earlier version
 
 
 def _remove(folder: Path) -> None:
     """Delete a checkpoint folder of ours; about.json goes first, so that no half of it is taken for whole."""
-    for name in ("about.json", "state.safetensors"):
+    for name in (ABOUT, STATE):
         (folder / name).unlink(missing_ok=True)
     folder.rmdir()
 

@@ -17,6 +17,7 @@ from distill.watch import Watch
 from replace.config import Config
 from replace.errors import UserError
 from replace.files import atomic_write
+from replace.interrupt import Hold, held
 from replace.logger import Logger
 from replace.precision import autocast, cast_once, dtype_of
 
@@ -67,19 +68,29 @@ def train(model: nn.Module, stage: Stage, mixture: Rows, config: Config, run_dir
 
     Raises:
         UserError: `stage.max_skipped` steps in a row had a non-finite loss or gradient.
+        Stopped: a signal came; the step it came in is finished and kept.
     """
     folder = run_dir / "checkpoints" / stage.phase
     finished = load_stage(folder, model)
     if finished is not None:
         logger.info("%s is finished already and is taken from its checkpoint", stage.title)
         return finished["training"]
-    with cast_once(model, config.precision):
-        training = _steps(model, stage, mixture, config, run_dir, log)
-    save_stage(folder, stage.names, model, {"training": training})
+    with held() as hold:
+        with cast_once(model, config.precision):
+            training = _steps(model, stage, mixture, config, run_dir, log, hold)
+        save_stage(folder, stage.names, model, {"training": training})
     return training
 
 
-def _steps(model: nn.Module, stage: Stage, mixture: Rows, config: Config, run_dir: Path, log: Logger) -> dict:
+def _steps(
+    model: nn.Module,
+    stage: Stage,
+    mixture: Rows,
+    config: Config,
+    run_dir: Path,
+    log: Logger,
+    hold: Hold,
+) -> dict:
     """The steps that are left of a stage; returns its counters."""
     options, folder = config.stage, run_dir / "checkpoints" / stage.phase
     device = next(model.parameters()).device
@@ -88,12 +99,14 @@ def _steps(model: nn.Module, stage: Stage, mixture: Rows, config: Config, run_di
     # Half precision's range is too small for gradients as they are; bf16 and fp32 need no scaling.
     half = dtype_of(config.precision, device) == torch.float16
     steps, progress = mixture.steps, load_step(folder, stage.names, model, optimizer) or Progress(0, {})
-    _forget_steps(run_dir, stage, progress.step)
+    forget_steps(run_dir, stage.number, progress.step)
     counters = {"skipped_steps": 0, "clamped": 0, "nonfinite": 0, "tokens": 0} | progress.counters
-    scaler = torch.amp.GradScaler(device.type, init_scale=counters.pop("scale", 2.0**16), enabled=half)
+    scaler = torch.amp.GradScaler(device.type, enabled=half)
+    scaler.load_state_dict(counters.pop("scaler", scaler.state_dict()))
     scaler.scale(torch.zeros((), device=device))  # sets it up: the stages multiply by its scale themselves
     start_counts, carried = counts(model), (counters["clamped"], counters["nonfinite"])
     watch = Watch(stage.title, steps, vocabulary_of(model), counters.setdefault("patterns", {}))
+    watch.go_on(counters.pop("watched", {}))
     skipped_in_row, began, tokens_begun = 0, time.perf_counter(), counters["tokens"]
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
     model.train()
@@ -106,6 +119,8 @@ def _steps(model: nn.Module, stage: Stage, mixture: Rows, config: Config, run_di
     )
     last: StepResult = {}
     for step in bar:
+        # A step's random numbers depend on seed, stage and step alone, so there is no state of them to keep.
+        torch.manual_seed(((config.seed << 2) + stage.number << 28) + step)
         factor = learning_rate(step, steps, options.warmup)
         for group, rate in zip(optimizer.param_groups, base, strict=True):
             group["lr"] = rate * factor
@@ -153,13 +168,15 @@ def _steps(model: nn.Module, stage: Stage, mixture: Rows, config: Config, run_di
         if step % LOG_EVERY == 0 or step == steps - 1:
             rate = (counters["tokens"] - tokens_begun) / max(1e-9, time.perf_counter() - began)
             _log_step(run_dir, log, stage, step, last, counters, base[0] * factor, rate)
-        if (step + 1) % options.checkpoint_every == 0 and step + 1 < steps:
-            progress = Progress(step + 1, counters | {"scale": scaler.get_scale()})
-            save_step(folder, stage.names, model, optimizer, progress)
+        due = (step + 1) % options.checkpoint_every == 0 or hold.code is not None
+        if due and step + 1 < steps:
+            kept = {"scaler": scaler.state_dict(), "watched": watch.state()}
+            save_step(folder, stage.names, model, optimizer, Progress(step + 1, counters | kept))
+            hold.end()
     return dict(counters)
 
 
-def _forget_steps(run_dir: Path, stage: Stage, step: int) -> None:
+def forget_steps(run_dir: Path, stage: int, step: int) -> None:
     """Drop what an interrupted try logged after the checkpoint from which the stage goes on."""
     path = run_dir / "train.jsonl"
     if not path.exists():
@@ -170,9 +187,11 @@ def _forget_steps(run_dir: Path, stage: Stage, step: int) -> None:
             entry = json.loads(line)
         except ValueError:  # the line in which the run was killed
             continue
-        if (LORA if entry["stage"] == "lora" else entry["stage"], entry["step"]) < (stage.number, step):
-            kept.append(line)
-    atomic_write(path, "".join(f"{line}\n" for line in kept))
+        number = LORA if entry["stage"] == "lora" else entry["stage"]
+        if number != stage or entry["step"] < step:
+            kept.append((number, entry["step"], line))
+    # In order also where a stage was done again, since its last checkpoint was damaged.
+    atomic_write(path, "".join(f"{line}\n" for *_, line in sorted(kept)))
 
 
 def _log_step(

@@ -77,6 +77,14 @@ class Watch:
         self.losses: list[float] = []
         self.texts: list[float] = []
 
+    def state(self) -> dict[str, list[float]]:
+        """What a stage that goes on after an interruption has to know of the steps before."""
+        return {"losses": self.losses, "texts": self.texts}
+
+    def go_on(self, state: Mapping[str, list[float]]) -> None:
+        """Take over what `state` gave."""
+        self.losses, self.texts = list(state.get("losses", ())), list(state.get("texts", ()))
+
     def __call__(self, step: int, losses: Mapping[str, float], norm: float, *, finite: bool) -> None:
         """One step.
 

@@ -154,6 +154,17 @@ def clean(value: Any) -> Any:
     return value
 
 
+TIMES = ("seconds", "wall_seconds", "decode")
+"""What differs between two runs of the same figures."""
+
+
+def without_times(value: Any) -> Any:
+    """Metrics, or a part of them, without what was timed."""
+    if isinstance(value, dict):
+        return {name: without_times(item) for name, item in value.items() if name not in TIMES}
+    return [without_times(item) for item in value] if isinstance(value, list) else value
+
+
 def last_student(metrics: dict) -> str | None:
     """The last measured phase of a student, None if only a teacher was measured."""
     phases = [name for name in PHASES if name not in TEACHERS and name in metrics["phases"]]

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 
-from replace.interrupt import CODE, end_quietly
+from replace.interrupt import Stopped, code_of, end_quietly, stoppable
 
 if __name__ == "__main__":
     end_quietly()  # the imports below take a second
@@ -43,6 +43,7 @@ from replace.compose import (
 from replace.config import Config
 from replace.errors import UserError, bad_value, quoted, resume_argument
 from replace.logger import report_refusal
+from replace.secrets import refuse_keys
 
 log = logging.getLogger(__name__)
 
@@ -113,10 +114,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A run says where it stands; before there is one, nothing can be continued.
         said = interrupt.args[0] if interrupt.args else "interrupted before a run began."
         print(f"error: {said}", file=sys.stderr)
-        return CODE
+        return code_of(interrupt)
 
 
 def _run(arguments: list[str]) -> int:
+    refuse_keys(arguments)
     flags = [argument.partition("=")[0] for argument in arguments if argument.startswith("-")]
     for flag in flags:
         if flag not in MULTIRUN and flag not in FLAGS:
@@ -197,6 +199,9 @@ def _launch(arguments: list[str], resumed: Config | None, jobs: Sequence[str] = 
             run(config, folder)
         except (UserError, OSError) as error:
             sentence = _sentence(error, arguments)
+            folder = Path(HydraConfig.get().runtime.output_dir)
+            if isinstance(error, OSError) and (folder / "config.json").exists():
+                sentence = f"{sentence.removesuffix('.')}; {_continued(folder)}."
             # The root logger writes to run.log only; the console gets the sentence at the end.
             logging.getLogger().error(sentence)
             log.debug("The run failed.", exc_info=error)
@@ -207,16 +212,20 @@ def _launch(arguments: list[str], resumed: Config | None, jobs: Sequence[str] = 
             said = "interrupted before the run began."
             folder = Path(HydraConfig.get().runtime.output_dir)
             if (folder / "config.json").exists():
-                said = f"interrupted; `python -m replace {resume_argument(folder)}` continues."
+                said = f"interrupted; {_continued(folder)}."
             logging.getLogger().error(said)
-            raise KeyboardInterrupt(said) from interrupt
+            raise Stopped(said, code_of(interrupt)) from interrupt
 
     register()
-    with _hydra_process(arguments):
+    with stoppable(), _hydra_process(arguments):
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)()
     if failures:
         raise JobErrors(failures) if len(failures) > 1 else failures[0]
     return 0
+
+
+def _continued(folder: Path) -> str:
+    return f"`python -m replace {resume_argument(folder)}` continues"
 
 
 def _validate(config: Config) -> None:

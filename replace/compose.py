@@ -151,8 +151,9 @@ def refuse_unknown(overrides: Sequence[str]) -> None:
     Raises:
         UserError: the first override at fault.
     """
+    schema = OmegaConf.structured(Config)
     for override in parse(overrides):
-        found = _refused(override)
+        found = _refused(override, schema)
         if found is not None:
             raise found
 
@@ -165,8 +166,9 @@ def explain(error: Exception, overrides: Sequence[str]) -> UserError:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
         return bad_value(group or "config", option, error.options or choices(group))
+    schema = OmegaConf.structured(Config)
     for override in parse(overrides):
-        found = _refused(override)
+        found = _refused(override, schema)
         if found is not None:
             return found
     key = re.search(r"full_key: (\S+)", f"{error}\n{error.__cause__}")
@@ -199,8 +201,8 @@ def select(config: Config, key: str) -> object:
     return node
 
 
-def _refused(override: Override) -> UserError | None:
-    """The sentence for this override if it is at fault."""
+def _refused(override: Override, schema: DictConfig) -> UserError | None:
+    """The sentence for this override if it is at fault; `schema` is a config to try its values on."""
     key, written = override.key_or_group, override.input_line or ""
     if key.startswith("hydra"):
         return None
@@ -218,7 +220,7 @@ def _refused(override: Override) -> UserError | None:
         return bad_value(key, values[0], f"its fields, such as {key}.{dataclasses.fields(kind)[0].name}=...")
     for value in values:
         try:
-            OmegaConf.update(OmegaConf.structured(Config), key, value)
+            OmegaConf.update(schema, key, value)
         except OmegaConfBaseException:
             return bad_value(key, value, _allowed(key))
     if override.is_add() and not key.startswith(OWN):

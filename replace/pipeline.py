@@ -44,7 +44,7 @@ from replace.convert import Conversion, SwapSpec, attention_layers, mixers, prob
 from replace.corpora import Document, load_documents, provenance_of
 from replace.errors import UserError
 from replace.export.write import export
-from replace.files import atomic_write
+from replace.files import atomic_write, clear
 from replace.loading import Loaded, cache_dir, load_model, load_tokenizer
 from replace.logger import Logger, NoLogger, open_logger
 from replace.machine import device_of_choice, keep_freed_memory
@@ -122,6 +122,7 @@ def _phases(
         metrics["wall_seconds"].setdefault("choice", round(time.perf_counter() - began, 1))
         ranking = read_ranking(run_dir / RANKING)
         metrics["phases"]["teacher"]["choice"] = ranking | {"taken": taken(ranking, config.layers)}
+    seed(config.seed)
     conversion = swap(model, spec, keep_originals=True)
     check_head(model, probe_ids(model))
     check_properties(model)
@@ -141,6 +142,7 @@ def _phases(
             mixture = _mixture(loaded, documents, config, number)
             training = train(model, _stage(model, config, number), mixture, config, run_dir, log)
             if result is not None:
+                seed(config.seed)
                 last = final == f"stage{number}"
                 result |= measure(model, tokenizer, config, phase=f"stage{number}", final=last, using=using)
                 result["training"] = training
@@ -223,16 +225,23 @@ def prepare(config: Config, run_dir: Path) -> None:
     force(config.kernels.backend)
     if config.threads:
         torch.set_num_threads(config.threads)
-    random.seed(config.seed)
-    torch.manual_seed(config.seed)
     run_dir.mkdir(parents=True, exist_ok=True)
+    clear(run_dir)
+    seed(config.seed)
     if not (run_dir / "config.json").exists():
         atomic_write(run_dir / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
+
+
+def seed(number: int) -> None:
+    """Begin the random numbers anew, so that what follows does not depend on what was skipped before."""
+    random.seed(number)
+    torch.manual_seed(number)
 
 
 @contextmanager
 def phase(metrics: dict, run_dir: Path, name: str, log: Logger) -> Iterator[dict | None]:
     """Yield a phase's dict to fill, which is kept when the block ends; None if it was measured already."""
+    seed(metrics["seed"])
     if name in metrics["phases"]:
         logger.info("%s was measured already", name)
         yield None

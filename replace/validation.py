@@ -21,6 +21,7 @@ from replace.config import (
 from replace.errors import UserError, bad_value
 from replace.families import NOT_CAPTURED
 from replace.ranking import MEASURED, SEARCHES, check_k, check_ranking, read_ranking
+from replace.secrets import blot
 
 if TYPE_CHECKING:
     from replace.loading import ModelFacts
@@ -226,19 +227,22 @@ def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
         raise bad_value(field, value, allowed)
 
 
-def _check_numbers(node: object, key: str = "") -> None:
-    """Every float of a config is finite, also where nothing else bounds it."""
+def _check_values(node: object, key: str = "") -> None:
+    """Every float of a config is finite, also where nothing else bounds it; no text holds a key."""
     if isinstance(node, float):
         _require(abs(node) <= LARGEST, key, node, f"a finite number of at most {LARGEST:g}")
+    elif isinstance(node, str):
+        hidden = blot(node)
+        _require(hidden == node, key, hidden, "no keys, which belong into the environment")
     elif isinstance(node, list):
         for item in node:
-            _check_numbers(item, key)
+            _check_values(item, key)
     elif isinstance(node, dict):
         for name, item in node.items():
-            _check_numbers(item, f"{key}.{name}")
+            _check_values(item, f"{key}.{name}")
     elif is_dataclass(node):
         for field in fields(node):
-            _check_numbers(getattr(node, field.name), f"{key}.{field.name}".lstrip("."))
+            _check_values(getattr(node, field.name), f"{key}.{field.name}".lstrip("."))
 
 
 def _check_read(config: Config, groups: tuple[str, ...]) -> None:
@@ -260,7 +264,7 @@ def _check_read(config: Config, groups: tuple[str, ...]) -> None:
 
 
 def _check_run(config: Config) -> None:
-    _check_numbers(config)
+    _check_values(config)
     _one_of("precision", config.precision, PRECISIONS)
     _one_of("kernels.backend", config.kernels.backend, BACKENDS)
     _one_of("softmax_backend", config.softmax_backend, SOFTMAX_BACKENDS)

@@ -7,18 +7,12 @@ import torch
 
 import replace.pipeline as pipeline
 from eval.metrics import read_metrics
+from eval.metrics import without_times as figures
 from replace import load
 from replace.compose import choices, compose
 from replace.errors import UserError
 
 TINY = ["+exp=infini", "model=tiny", "budget=smoke"]
-
-
-def figures(metrics):
-    """Everything but times."""
-    if isinstance(metrics, dict):
-        return {k: figures(v) for k, v in metrics.items() if k not in ("seconds", "wall_seconds", "decode")}
-    return [figures(v) for v in metrics] if isinstance(metrics, list) else metrics
 
 
 @pytest.fixture(scope="module")

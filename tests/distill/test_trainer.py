@@ -1,18 +1,24 @@
 """The loop: skips what is not finite, goes on where it stopped, and does not believe a damaged checkpoint."""
 
+import hashlib
 import json
+import os
+import resource
+import signal
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from distill.checkpoint import KEEP, Progress, load_last, load_stage, load_step, save_step
 from distill.data import Batch, Mixture
 from distill.stages import Stage
-from distill.trainer import learning_rate, train
+from distill.trainer import forget_steps, learning_rate, train
 from replace.config import Config, StageBudget
 from replace.corpora import Document
 from replace.errors import UserError
+from replace.interrupt import Stopped, stoppable
 from replace.logger import NoLogger
 from replace.tiny import tiny_tokenizer
 
@@ -105,6 +111,205 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, config
     progress = load_step(folder, ["weight"], model, optimizer)
     assert progress is not None
     assert kept[-2].name == f"step-{progress.step:07d}"
+
+
+def cut(folder, config, stop_at=9):
+    """A stage that was interrupted, with two checkpoints inside; returns them, the newest last."""
+    with pytest.raises(KeyboardInterrupt):
+        model = Model()
+        train(model, stage_of(model, stop_at=stop_at), Rows(), config, folder, NoLogger())
+    return sorted((folder / "checkpoints" / "stage2").glob("step-*"))
+
+
+@pytest.mark.parametrize("name", ["about.json", "state.safetensors"])
+def test_any_flipped_bit_is_noticed_or_changes_nothing(tmp_path, config, name):
+    *_, newest = cut(tmp_path, config)
+    model = Model()
+    optimizer = torch.optim.AdamW(stage_of(model).groups)
+    whole = load_step(newest.parent, ["weight"], model, optimizer)
+    weight, file = model.weight.detach().clone(), newest / name
+    data, damaged = file.read_bytes(), 0
+    for place in range(0, len(data), 3):
+        file.write_bytes(data[:place] + bytes([data[place] ^ (1 << place % 8)]) + data[place + 1 :])
+        progress = load_step(newest.parent, ["weight"], model, optimizer)
+        if progress.step == whole.step:
+            assert progress == whole
+            assert torch.equal(model.weight, weight)
+        else:
+            assert progress.step == whole.step - 2
+            damaged += 1
+    assert damaged > 20 if name == "about.json" else damaged == len(range(0, len(data), 3))
+
+
+@pytest.mark.parametrize("name", ["about.json", "state.safetensors"])
+@pytest.mark.parametrize("length", [0, 1, -1])
+def test_a_truncated_checkpoint_is_passed_over(tmp_path, config, name, length):
+    before, newest = cut(tmp_path, config)
+    file = newest / name
+    file.write_bytes(file.read_bytes()[:length])
+    model = Model()
+    progress = load_step(newest.parent, ["weight"], model, torch.optim.AdamW(stage_of(model).groups))
+    assert before.name == f"step-{progress.step:07d}"
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read(tmp_path, config):
+    """Its counters stand in about.json, under a checksum of the tensors alone."""
+    *_, newest = cut(tmp_path, config)
+    tensors = load_file(newest / "state.safetensors")
+    save_file(tensors | {"random": torch.get_rng_state()}, newest / "state.safetensors")
+    sha256 = hashlib.sha256((newest / "state.safetensors").read_bytes()).hexdigest()
+    about = {"step": 8, "counters": {"tokens": 64, "loss_first": 1.0}, "sha256": sha256}
+    (newest / "about.json").write_text(json.dumps(about))
+    model = Model()
+    progress = load_step(newest.parent, ["weight"], model, torch.optim.AdamW(stage_of(model).groups))
+    assert progress == Progress(8, {"tokens": 64, "loss_first": 1.0})
+
+
+def test_damaged_checkpoints_do_not_push_out_whole_ones(tmp_path, config):
+    """Begun again from step 6, the stage has two whole checkpoints once it has written one."""
+    before, newest = cut(tmp_path, config)
+    (newest / "state.safetensors").write_bytes(b"")
+    newest = newest.rename(newest.with_name("step-0000009"))
+    model = Model()
+    optimizer = torch.optim.AdamW(stage_of(model).groups)
+    model.weight.sum().backward()
+    optimizer.step()
+    save_step(before.parent, ["weight"], model, optimizer, Progress(7, {}))
+    assert [path.name for path in sorted(before.parent.iterdir())] == ["step-0000006", "step-0000007"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_answered_with_a_checkpoint_of_the_step_it_came_in(tmp_path, config, number):
+    config.stage.checkpoint_every = 100
+    whole, first = Model(), Model()
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    figures = train(whole, stage_of(whole), Rows(), config, tmp_path / "whole", NoLogger())
+    stage, seen = stage_of(first), []
+    plain = stage.step
+
+    def step(batch, scale):
+        seen.append(1)
+        if len(seen) == 4:
+            os.kill(os.getpid(), number)
+        return plain(batch, scale)
+
+    stage.step = step
+    with stoppable(), pytest.raises(Stopped) as stopped:
+        train(first, stage, Rows(), config, tmp_path / "cut", NoLogger())
+    assert stopped.value.code == 128 + number
+    assert len(seen) == 4
+    second = Model()
+    again = stage_of(second)
+    assert train(second, again, Rows(), config, tmp_path / "cut", NoLogger()) == figures
+    assert torch.equal(whole.weight, second.weight)
+
+
+def test_a_signal_in_the_last_step_keeps_the_finished_stage(tmp_path, config):
+    model = Model()
+    stage = stage_of(model)
+    plain, seen = stage.step, []
+
+    def step(batch, scale):
+        seen.append(1)
+        if len(seen) == Rows.steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(batch, scale)
+
+    stage.step = step
+    with stoppable(), pytest.raises(Stopped):
+        train(model, stage, Rows(), config, tmp_path, NoLogger())
+    assert load_stage(tmp_path / "checkpoints" / "stage2", Model()) is not None
+
+
+def test_a_disk_that_is_full_loses_no_earlier_checkpoint(tmp_path, config):
+    """A file may not grow beyond what the checkpoint needs: the system itself refuses in the middle of it."""
+
+    class Large(Model):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(20_000, 4))
+
+    def full(folder, stop):
+        model = Large()
+        stage = stage_of(model)
+        plain = stage.step
+
+        def step(batch, scale):
+            if stop and (folder / "checkpoints" / "stage2" / "step-0000004").exists():
+                resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, limits[1]))
+            return plain(batch, scale)
+
+        stage.step = step
+        return model, train(model, stage, Rows(), config, folder, NoLogger())
+
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    whole, figures = full(tmp_path / "whole", stop=False)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(OSError, match="File too large") as error:
+            full(tmp_path / "cut", stop=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.value.filename.endswith("step-0000006")
+    kept = [path.name for path in sorted((tmp_path / "cut" / "checkpoints" / "stage2").iterdir())]
+    assert kept == ["step-0000002", "step-0000004"]
+    again, later = full(tmp_path / "cut", stop=False)
+    assert later == figures
+    assert torch.equal(again.weight, whole.weight)
+
+
+def test_a_stage_that_goes_on_knows_the_losses_of_before(tmp_path, config):
+    """A loss that never falls is seen in a stage that was cut in its last quarter as in one that was not."""
+
+    class Long(Rows):
+        steps = 40
+
+    def flat(model, stop_at=None):
+        stage, seen = stage_of(model), []
+
+        def step(batch, scale):
+            seen.append(1)
+            if len(seen) - 1 == stop_at:
+                raise KeyboardInterrupt
+            (model.weight.sum() * 0 * scale + model.weight[0] * scale).backward()
+            return {"loss": 3.0, "ce": 3.0}
+
+        stage.step = step
+        return stage
+
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    model = Model()
+    whole = train(model, flat(model), Long(), config, tmp_path / "whole", NoLogger())
+    assert whole["patterns"] == {"no_progress": 20}
+    for stop_at in (19, 15):  # steps of this try
+        with pytest.raises(KeyboardInterrupt):
+            train(model, flat(model, stop_at), Long(), config, tmp_path / "cut", NoLogger())
+    assert train(model, flat(model), Long(), config, tmp_path / "cut", NoLogger()) == whole
+
+
+def test_random_numbers_of_a_step_do_not_depend_on_what_was_done_before(tmp_path, config):
+    """As dropout draws them: a stage that was killed before its first checkpoint begins with them again."""
+    weights = []
+    for name, seed in (("one", 1), ("other", 2)):
+        (tmp_path / name).mkdir()
+        torch.manual_seed(seed)
+        model = Model()
+        train(model, stage_of(model), Rows(), config, tmp_path / name, NoLogger())
+        weights.append((tmp_path / name / "train.jsonl").read_text().splitlines()[0].partition("lr")[0])
+    assert weights[0] == weights[1]
+
+
+def test_a_stage_that_is_done_again_keeps_the_log_of_the_others(tmp_path, config):
+    lines = [{"stage": 1, "step": 0}, {"stage": 3, "step": 0}, {"stage": 3, "step": 5}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"sta')
+    model = Model()
+    train(model, stage_of(model), Rows(), config, tmp_path, NoLogger())
+    forget_steps(tmp_path, 3, 5)
+    kept = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    assert [(line["stage"], line["step"]) for line in kept] == [(1, 0), (2, 0), (2, 5), (2, 9), (3, 0)]
 
 
 def test_a_damaged_final_checkpoint_is_not_taken_for_a_finished_stage(tmp_path, config):
