@@ -30,7 +30,7 @@ def test_a_run_leaves_everything_that_it_promises(whole):
         "metrics.json",
         "train.jsonl",
         "report.md",
-        "retrieval.json",
+        "ranking.json",
     ):
         assert (folder / name).stat().st_size > 0, name
     assert len(list((folder / "plots").glob("*.png"))) >= 4
