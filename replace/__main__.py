@@ -232,7 +232,7 @@ def _validate(config: Config) -> None:
     from replace.validation import check_lora
 
     check_lora(config)
-    if config.lora.kind in ("auto", "unsloth"):
+    if config.lora.kind in ("auto", "unsloth") and not config.dry_run:
         from distill.lora.first import import_unsloth_first
 
         import_unsloth_first(config)
