@@ -230,25 +230,35 @@ def _reason(error: Exception, said: Sequence[warnings.WarningMessage]) -> str:
 
 
 def trials_of(
-    device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, training: bool = True
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    names: Sequence[str] = (*KERNELS, "xformers"),
 ) -> dict[str, Trial]:
-    """What comes of each kernel for causal attention of such heads, by name, on a few drawn tokens."""
+    """What comes of kernels, by name, for training causal attention of such heads, on a few drawn tokens."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(1, count, LENGTH, head_dim) for count in (heads, kv_heads, kv_heads)]
     tensors = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
     options = {"is_causal": True, "enable_gqa": heads != kv_heads}
     found = {}
-    for name in (*KERNELS, "xformers"):
-        found[name] = _asked(name, tensors, options, training)
+    for name in names:
+        found[name] = _asked(name, tensors, options, True)
         if found[name].refusal and name != "xformers" and heads != kv_heads:
-            again = _asked(f"{name} expanded", tensors, options, training)
+            again = _asked(f"{name} expanded", tensors, options, True)
             found[name] = again if again.forward is None else found[name]
     return found
 
 
 def _asked(kernel: str, tensors: Sequence[Tensor], options: dict[str, Any], training: bool) -> Trial:
-    if kernel == "xformers" and importlib.util.find_spec("xformers") is None:
-        return Trial(forward="xFormers is not installed")
+    if kernel == "xformers":
+        if importlib.util.find_spec("xformers") is None:
+            return Trial(forward="xFormers is not installed")
+        try:
+            importlib.import_module("xformers.ops")
+        except (ImportError, OSError, RuntimeError, AttributeError) as error:
+            return Trial(forward=f"xFormers cannot be imported ({_reason(error, ())})")
     if not kernel.startswith(("math", "xformers")) and tensors[0].device.type not in ("cuda", "cpu"):
         return Trial(forward=f"on {tensors[0].device.type} torch has one kernel of its own")
     return attempt(kernel, tensors, options, training)

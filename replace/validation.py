@@ -462,11 +462,14 @@ def _check_softmax(config: Config, facts: "ModelFacts") -> None:
     if wanted in ("auto", "math"):
         return
     dtype = dtype_of(config.precision, device)
-    trials = trials_of(device, dtype, facts.heads, facts.kv_heads, facts.head_dim)
+    layout = (device, dtype, facts.heads, facts.kv_heads, facts.head_dim)
+    if trials_of(*layout, names=[wanted])[wanted].forward is None:
+        return
+    trials = trials_of(*layout)
     able = ", ".join(["auto", *(name for name, trial in trials.items() if trial.forward is None)])
     where = f"{str(dtype).removeprefix('torch.')} with head_dim={facts.head_dim} on {device_name(device)}"
-    why = f"{able}, since for {where} there is no {wanted}: {trials[wanted].forward}"
-    _require(trials[wanted].forward is None, "softmax_backend", wanted, why)
+    why = f"since for {where} there is no {wanted}: {trials[wanted].forward}"
+    raise bad_value("softmax_backend", wanted, f"{able}, {why}")
 
 
 def _refusal(name: str, attention: AttentionConfig) -> str | None:

@@ -97,7 +97,6 @@ def examine(limit: float = LIMIT) -> dict[str, Any]:
             "run": known("a run's code", run.result, {}),
         }
     facts["precision_advice"] = advice.precision_advice(facts)
-    facts["lora"] = advice.lora_advice(facts)
     facts["support"] = {
         label: dict(zip(("cuda", "cpu", "macos"), cells, strict=True))
         for label, cells in advice.SUPPORT.items()

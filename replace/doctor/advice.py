@@ -1,4 +1,4 @@
-"""From facts to problems, each with the command that mends it; what `auto` takes for precision and LoRA."""
+"""From facts to problems, each with the command that mends it; and what to compute in."""
 
 import re
 from dataclasses import dataclass
@@ -51,19 +51,6 @@ def precision_advice(facts: dict[str, Any]) -> str:
     if torch.get("cpu_bf16"):
         return "bf16: this CPU multiplies it natively"
     return "fp32: on this CPU half precision is emulated and slower"
-
-
-def lora_advice(facts: dict[str, Any]) -> dict[str, str]:
-    """Which LoRA `lora=auto` would train with, and why."""
-    gpus = facts.get("torch", {}).get("gpus") or []
-    unsloth = facts.get("libraries", {}).get("unsloth", {})
-    if len(gpus) == 1 and unsloth.get("state") == "works":
-        return {
-            "choice": "unsloth",
-            "why": "one NVIDIA GPU; a replaced layer that it would bypass sends it to peft",
-        }
-    why = "no NVIDIA GPU" if not gpus else f"{len(gpus)} GPUs" if len(gpus) > 1 else "Unsloth is not there"
-    return {"choice": "peft", "why": why}
 
 
 def problems(facts: dict[str, Any]) -> list[Problem]:

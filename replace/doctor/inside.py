@@ -80,6 +80,11 @@ def run_facts(tell: Tell) -> None:
 
     from replace.softmax_backend import ORDER, trials_of
 
+    # The rule is of the tuning's room, which this one does not import from.
+    lora, config = importlib.import_module("distill.lora.choice"), importlib.import_module("replace.config")
+    chosen = lora.choose(config.LoraConfig(kind="auto"), lora.this_machine())
+    tell({"lora": {"choice": chosen.kind, "why": chosen.why}})
+
     trials = trials_of(device, dtype, HEADS, KV_HEADS, HEAD_DIM)
     able = [name for name in ORDER["auto"] if trials[name].refusal is None]
     refused = {name: trial.refusal for name, trial in trials.items() if trial.refusal}

@@ -69,9 +69,9 @@ def _machine(facts: dict[str, Any]) -> list[str]:
 
 def _choices(facts: dict[str, Any]) -> list[str]:
     """What the word auto stands for on this machine."""
-    run, lora = facts.get("run", {}), facts.get("lora", {})
+    run = facts.get("run", {})
     unknown = "not known, since a run's code cannot be imported"
-    kernels, softmax = run.get("kernels"), run.get("softmax")
+    kernels, softmax, lora = run.get("kernels"), run.get("softmax"), run.get("lora")
     refused = "; ".join(f"{n}: {why}" for n, why in (softmax or {}).get("refused", {}).items())
     rows = {
         "kernels": f"{kernels['choice']} ({kernels['why']}); a run takes chunk unless told"
@@ -79,7 +79,7 @@ def _choices(facts: dict[str, Any]) -> list[str]:
         else unknown,
         "softmax": f"{softmax['choice']}{f' (not {refused})' if refused else ''}" if softmax else unknown,
         "precision": f"{run['dtype']} on {run['device']}" if "dtype" in run else unknown,
-        "lora": f"{lora.get('choice')} ({lora.get('why')})",
+        "lora": f"{lora['choice']} ({lora['why']})" if lora else unknown,
     }
     lines = [line for label, text in rows.items() for line in _wrapped(f"  {label:{LABEL - 2}}", text)]
     return ["auto takes", *lines]

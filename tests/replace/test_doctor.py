@@ -11,7 +11,7 @@ import pytest
 
 from replace.doctor import machine, packages
 from replace.doctor.__main__ import examine, main
-from replace.doctor.advice import lora_advice, precision_advice, problems
+from replace.doctor.advice import precision_advice, problems
 from replace.doctor.inside import in_build
 from replace.doctor.packages import LIBRARIES
 from replace.doctor.probes import ask, guarded
@@ -172,7 +172,7 @@ def test_a_healthy_machine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert facts["problems"] == [problem for problem in facts["problems"] if not problem["hinders"]]
     assert set(facts) == {
         *("schema", "project", "python", "torch", "nvidia_gpus", "memory", "places", "caches", "wandb"),
-        *("unmet", "kernels_package", "libraries", "run", "precision_advice", "lora", "support", "failed"),
+        *("unmet", "kernels_package", "libraries", "run", "precision_advice", "support", "failed"),
         *("problems", "ok"),
     }
     assert facts["kernels_package"] == {"other": None, "ours": True}
@@ -189,7 +189,7 @@ def test_a_healthy_machine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         assert facts["run"]["kernels"]["choice"] == "chunk"
         assert facts["run"]["softmax"]["choice"] == "flash"
         assert "efficient" in facts["run"]["softmax"]["refused"]
-        assert facts["lora"] == {"choice": "peft", "why": "no NVIDIA GPU"}
+        assert facts["run"]["lora"]["choice"] == "peft"
     assert facts["wandb"]["mode"] == "offline"
     text = screen(facts)
     assert "Nothing hinders a run." in text
@@ -300,15 +300,11 @@ def test_what_is_required_is_what_the_project_says(monkeypatch: pytest.MonkeyPat
     assert found["datasets<5,>=4"] == "999"
 
 
-def test_precision_and_lora_follow_the_gpu() -> None:
+def test_precision_follows_the_gpu() -> None:
     ampere, turing = {"bf16": True, "name": "A100"}, {"bf16": False, "name": "T4"}
-    works = {"libraries": {"unsloth": {"state": "works"}}}
     assert precision_advice({"torch": {"gpus": [ampere]}}).startswith("bf16")
     assert precision_advice({"torch": {"gpus": [turing]}}).startswith("fp16 with loss scaling")
     assert precision_advice({"torch": {}}).startswith("fp32")
-    assert lora_advice({"torch": {"gpus": [ampere]}, **works})["choice"] == "unsloth"
-    assert lora_advice({"torch": {"gpus": [ampere, ampere]}, **works}) == {"choice": "peft", "why": "2 GPUs"}
-    assert lora_advice({"torch": {"gpus": [ampere]}}) == {"choice": "peft", "why": "Unsloth is not there"}
 
 
 @pytest.mark.parametrize(

@@ -289,6 +289,16 @@ def test_our_attention_functions_are_the_same_attention(
         torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-5, rtol=1e-3)
 
 
+def test_xformers_that_cannot_be_imported_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "xformers").mkdir()
+    (tmp_path / "xformers" / "__init__.py").write_text("raise OSError('libcudart.so: no such file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(
+        UserError, match=r"there is no xformers: xFormers cannot be imported .libcudart.so: no such"
+    ):
+        validate(compose(["model=tiny", "softmax_backend=xformers"]))
+
+
 def test_xformers_serves_the_layers_that_are_not_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
