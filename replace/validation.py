@@ -432,10 +432,12 @@ def _check_kernels(config: Config, head_dim: int) -> None:
     """Triton, where it is asked for, runs on this machine and with these features."""
     from kernels.dispatch import triton_refusal
     from kernels.linear_attention.op import LARGEST
-    from replace.attention.infini import Infini, operand_dtype
+    from replace.attention.infini import Infini
+    from replace.attention.linear import Linear
     from replace.feature_maps import FEATURE_MAPS
     from replace.machine import device_of_choice
     from replace.mixer import VARIANTS
+    from replace.operators import operand_dtype
     from replace.precision import dtype_of
 
     if config.kernels.backend != "triton":
@@ -445,7 +447,7 @@ def _check_kernels(config: Config, head_dim: int) -> None:
     _require(refusal is None, "kernels.backend", "triton", f"{others}, since {refusal}")
     variant = VARIANTS.get(config.attention.name)
     features = FEATURE_MAPS.get(config.attention.feature_map).features(head_dim)
-    fits = features <= LARGEST or not issubclass(variant, Infini)
+    fits = features <= LARGEST or not issubclass(variant, (Infini, Linear))
     why = (
         f"since attention.feature_map={config.attention.feature_map} has {features} features, above {LARGEST}"
     )

@@ -203,11 +203,7 @@ def write_gated_delta(
         clamp: the largest magnitude an entry of a block's change beside decay may have; beyond it the change
             is scaled down. A part of a step is a step, so what holds for those holds for it.
     """
-    k, v, beta, log_decay = (wide(x) for x in (k, v, beta, log_decay))
-    largest = torch.maximum(k.detach().abs().amax(-1), v.detach().abs().amax(-1))
-    written = mask & (largest < LARGEST) & beta.isfinite() & log_decay.isfinite()
-    k, v = (torch.where(written.unsqueeze(-1), x, 0) for x in (k, v))
-    beta, log_decay = torch.where(written, beta, 0), torch.where(written, log_decay, 0)
+    k, v, beta, log_decay, written = sound(*(wide(x) for x in (k, v, beta, log_decay)), mask)
     initial, parts = wide(initial), transform(k, v, scaled_step(k, beta), log_decay)
     states = initial.unsqueeze(2)
     clamped = written.new_zeros(written.shape[:3])
@@ -215,6 +211,16 @@ def write_gated_delta(
         _, after, _, clamped = recur(k, parts, initial, clamp)
         states = torch.stack([initial, *after], 2)
     return Written(states, written, clamped)
+
+
+def sound(
+    k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """All four, 0 for tokens that neither write nor decay, and which do: `[...]` bool; as above."""
+    largest = torch.maximum(k.detach().abs().amax(-1), v.detach().abs().amax(-1))
+    written = mask & (largest < LARGEST) & beta.isfinite() & log_decay.isfinite()
+    k, v = (torch.where(written.unsqueeze(-1), x, 0) for x in (k, v))
+    return k, v, torch.where(written, beta, 0), torch.where(written, log_decay, 0), written
 
 
 def scaled_step(k: Tensor, beta: Tensor) -> Tensor:

@@ -75,7 +75,8 @@ def gated_delta_rule(
     check_mask(mask, q, (sizes.batch, sizes.length))
     check_choice("input_precision", input_precision, PRECISIONS)
     _check_state("initial_state", initial_state, sizes, q)
-    chosen = choose("gated_delta_rule", backend, q.device, q.dtype, _too_large(sizes))
+    no = refusal(sizes.features, sizes.width)
+    chosen = choose("gated_delta_rule", backend, q.device, q.dtype, no)
     if chosen == "triton":
         return _triton(
             q, k, v, beta, log_decay, initial_state, mask, cu_seqlens, scaled, precision=input_precision
@@ -127,11 +128,11 @@ def gated_delta_rule_step(
     if state is None:
         shape = sizes.state(sizes.features, sizes.width)
         state = torch.zeros(shape, device=q.device, dtype=state_dtype(q))
-    refusal = _too_large(sizes)
+    no = refusal(sizes.features, sizes.width)
     given = [x for x in (q, k, v, beta, log_decay, state) if x is not None]
     if torch.is_grad_enabled() and any(x.requires_grad for x in given):
-        refusal = "a gradient is asked for, and the Triton step has none"
-    chosen = choose("gated_delta_rule_step", backend, q.device, q.dtype, refusal)
+        no = "a gradient is asked for, and the Triton step has none"
+    chosen = choose("gated_delta_rule_step", backend, q.device, q.dtype, no)
     if chosen == "triton":
         from kernels.gated_delta_rule import library
 
@@ -167,8 +168,9 @@ def _triton(
     )[:2]
 
 
-def _too_large(sizes: Sizes) -> str | None:
-    if sizes.features > LARGEST_F or sizes.width > LARGEST_D:
+def refusal(features: int, width: int) -> str | None:
+    """Why keys and values of these sizes have no Triton kernel, or None where they have."""
+    if features > LARGEST_F or width > LARGEST_D:
         return f"F is above {LARGEST_F} or D above {LARGEST_D}"
     return None
 

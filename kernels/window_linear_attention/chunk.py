@@ -91,7 +91,7 @@ def step(
 class _Cut(NamedTuple):
     """The blocks of a call, N of all sequences of a packed row or of each row."""
 
-    index: Tensor
+    order: Tensor
     """`[N]` int64, which block of its sequence each is."""
     leaving: Tensor
     """`[T]` bool, tokens that leave the window for good."""
@@ -122,7 +122,7 @@ class _Cut(NamedTuple):
     def blocks(self, x: Tensor, block: int) -> Tensor:
         """`[B, T, X, E]` -> `[B, X, N, S, E]`, 0 where there is no token."""
         if self.token is None:
-            x = pad(x, (0, 0, 0, 0, 0, len(self.index) * block - x.shape[1]))
+            x = pad(x, (0, 0, 0, 0, 0, len(self.order) * block - x.shape[1]))
             return x.unflatten(1, (-1, block)).permute(0, 3, 1, 2, 4)
         return pad(x, (0, 0, 0, 0, 0, 1))[:, self.token].permute(0, 3, 1, 2, 4)
 
@@ -172,11 +172,11 @@ def window_linear_attention(
     here = cut.leaving.view(1, -1, 1) if write is None else (cut.leaving & write).unsqueeze(-1)
     weight = torch.ones_like(phi_k[..., 0]) if write_gate is None else write_gate.to(k.dtype)
     phi_k, written, weight, lost = taken(phi_k, v, weight, here)
-    count = len(cut.index)
+    count = len(cut.order)
     phi_k, written, weight = (
         shifted(cut.blocks(x, block))[:, :, :count] for x in (phi_k, written, weight.unsqueeze(-1))
     )
-    weight = torch.where((cut.index >= lookback).view(1, 1, -1, 1), weight.squeeze(-1), 0)
+    weight = torch.where((cut.order >= lookback).view(1, 1, -1, 1), weight.squeeze(-1), 0)
     # What is seen.
     there = torch.ones_like(k[..., :1], dtype=torch.bool) if seen is None else seen[..., None, None]
     there = there.expand(batch, length, groups, 1)
@@ -242,7 +242,7 @@ def window_linear_attention(
         keys, values, visible, spoiled = (
             x[:, :, span].unfold(2, lookback + 1, 1).movedim(-1, 3).flatten(3, 4) for x in (k, v, there, bad)
         )
-        within = cut.index[place].unsqueeze(-1) - lookback + slot // block >= 0  # [P, W]
+        within = cut.order[place].unsqueeze(-1) - lookback + slot // block >= 0  # [P, W]
         visible = visible.squeeze(-1) & within
         allowed = visible.unsqueeze(3) & (slot <= own)  # [B, G, P, S, W]
         queries = q[:, :, place]
@@ -251,7 +251,7 @@ def window_linear_attention(
         logits = torch.where(allowed.unsqueeze(3), logits.unflatten(3, (-1, block)), -torch.inf).flatten(3, 4)
         if sinks is not None:
             first_k, first_v = (cut.per_sequence(wide(x).transpose(1, 2), place) for x in sinks[:2])
-            apart = before[:, None] + cut.index[place] > lookback  # [N, P]
+            apart = before[:, None] + cut.order[place] > lookback  # [N, P]
             if cut.sequence is not None:
                 apart = apart.gather(0, cut.sequence[place].unsqueeze(0))
             known = cut.per_sequence(sinks.seen.transpose(1, 2), place) & apart[:, None, :, None]

@@ -494,12 +494,11 @@ class _Place(NamedTuple):
 
     def of(self, made: Forward) -> Forward:
         """The sequence's part of everything."""
-        by_token = ("out", "lse", "ratio", "weight")
-        where = dict.fromkeys(("M", "z", "n", "clamped", "lost"), (self.state,))
-        where |= dict.fromkeys(by_token, (slice(None), self.tokens)) | {"totals": (slice(None), self.totals)}
-        where |= {"scale": (slice(None), self.blocks)}
+        where: dict = dict.fromkeys(("M", "z", "n", "clamped", "lost"), (self.state,))
+        where |= dict.fromkeys(("out", "lse", "ratio", "weight"), (slice(None), self.tokens))
+        where |= {"totals": (slice(None), self.totals), "scale": (slice(None), self.blocks)}
         where |= dict.fromkeys(("states_M", "states_z"), (slice(None), self.spans))
-        return Forward(**{name: x[where[name]] for name, x in made._asdict().items()})  # type: ignore[arg-type]
+        return Forward(**{name: x[where[name]] for name, x in made._asdict().items()})
 
 
 def _places(borders: list[int], block: int, lookback: int) -> Iterator[_Place]:
@@ -585,16 +584,17 @@ def forward(
         precision: of products of fp32: "ieee", "tf32" or "tf32x3".
         width, segments: the columns of K, F and D a program takes, and the segments of a row; 0 to choose.
     """
-    options = (block, lookback, scale, clamp, precision, width, segments)
-    tokens = (q, k, v, phi_q, phi_k, write_gate, answer, mass, seen, write)
-    states = (sink_k, sink_v, sink_seen, before, M, z, n)
+    options: list = [block, lookback, scale, clamp, precision, width, segments]
+    tokens = [q, k, v, phi_q, phi_k, write_gate, answer, mass, seen, write]
+    states = [sink_k, sink_v, sink_seen, before, M, z, n]
     if borders is None:
-        return _forward(*tokens, *states, *options)
+        given: list = [*tokens, *states, *options]
+        return _forward(*given)
     made = shapes(q, v, phi_q, block, lookback, len(borders) - 1)
     for place in _places(borders, block, lookback):
-        own = (None if x is None else x[:, place.tokens] for x in tokens)
-        held = (None if x is None else x[place.state] for x in states)
-        for whole, part in zip(place.of(made), _forward(*own, *held, *options), strict=True):  # type: ignore[arg-type]
+        own: list = [None if x is None else x[:, place.tokens] for x in tokens]
+        own += [None if x is None else x[place.state] for x in states]
+        for whole, part in zip(place.of(made), _forward(*own, *options), strict=True):
             whole.copy_(part)
     return made
 
@@ -702,18 +702,19 @@ def backward(
         made: what `forward` returned; of it, out, lse and what follows are read.
         dout: `[B, T, H, D]`; dM, dz: the gradients of the final state, or None where it has none.
     """
-    options = (block, lookback, scale, precision, width, segments)
-    tokens = (q, k, v, phi_q, phi_k, answer, mass, seen)
-    states = (sink_k, sink_v, sink_seen, before)
+    options: list = [block, lookback, scale, precision, width, segments]
+    tokens = [q, k, v, phi_q, phi_k, answer, mass, seen]
+    states = [sink_k, sink_v, sink_seen, before]
     if borders is None:
-        return _backward(*tokens, *states, made, dout, dM, dz, *options)
+        given: list = [*tokens, *states, made, dout, dM, dz, *options]
+        return _backward(*given)
     found = []
     for place in _places(borders, block, lookback):
-        own = (None if x is None else x[:, place.tokens] for x in tokens)
-        held = (None if x is None else x[place.state] for x in states)
-        last = (None if x is None else x[place.state] for x in (dM, dz))
-        slope = dout[:, place.tokens]
-        found.append(_backward(*own, *held, place.of(made), slope, *last, *options))  # type: ignore[arg-type]
+        own: list = [None if x is None else x[:, place.tokens] for x in tokens]
+        own += [None if x is None else x[place.state] for x in states]
+        own += [place.of(made), dout[:, place.tokens]]
+        own += [None if x is None else x[place.state] for x in (dM, dz)]
+        found.append(_backward(*own, *options))
     parts = zip(Backward._fields, zip(*found, strict=True), strict=True)
     by_state = ("sink_k", "sink_v", "M", "z")
     return Backward(

@@ -40,12 +40,11 @@ def forward(
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 ]:
     """As `fused.forward`, of tensors with any strides."""
-    borders = _borders(cu_seqlens, q.shape[1])
-    tokens = _contiguous(q, k, v, phi_q, phi_k, write_gate, answer, mass, seen, write)
-    states = _contiguous(sink_k, sink_v, sink_seen, before, M, z, n)
-    options = (block, lookback, scale, clamp, precision, width, segments)
+    given: list = [*_contiguous(q, k, v, phi_q, phi_k, write_gate, answer, mass, seen, write)]
+    given += [*_contiguous(sink_k, sink_v, sink_seen, before, M, z, n), _borders(cu_seqlens, q.shape[1])]
+    given += [block, lookback, scale, clamp, precision, width, segments]
     with torch.cuda.device_of(q):
-        made: Any = fused.forward(*tokens, *states, borders, *options)
+        made: Any = fused.forward(*given)
     # What a custom operator returns must not be part of anything else that it returns.
     return tuple(made._replace(n=made.n.clone()))  # type: ignore[return-value]
 
@@ -109,11 +108,11 @@ def backward(
     segments: int,
 ) -> list[Tensor]:
     """As `fused.backward`, of tensors with any strides; the gradients of what there is, in their order."""
-    borders = _borders(cu_seqlens, q.shape[1])
-    tokens = _contiguous(q, k, v, phi_q, phi_k, answer, mass, seen, sink_k, sink_v, sink_seen, before)
-    options = (borders, block, lookback, scale, precision, width, segments)
+    given: list = [*_contiguous(q, k, v, phi_q, phi_k, answer, mass, seen, sink_k, sink_v, sink_seen, before)]
+    given += [_made(made), *_contiguous(dout, dM, dz), _borders(cu_seqlens, q.shape[1])]
+    given += [block, lookback, scale, precision, width, segments]
     with torch.cuda.device_of(q):
-        found = fused.backward(*tokens, _made(made), *_contiguous(dout, dM, dz), *options)
+        found = fused.backward(*given)
     return [x for x in found if x is not None]
 
 
@@ -227,9 +226,10 @@ def step(
     scale: float,
 ) -> Tensor:
     """As `fused.step`, of tensors with any strides; without gradients."""
-    given = _contiguous(q, k, v, phi_q, answer, mass, mask, M, z, n, before, sink_k, sink_v, sink_seen)
+    given: list = [*_contiguous(q, k, v, phi_q, answer, mass, mask, M, z, n, before)]
+    given += [*_contiguous(sink_k, sink_v, sink_seen), scale]
     with torch.cuda.device_of(q):
-        return fused.step(*given, scale)
+        return fused.step(*given)
 
 
 @step.register_fake

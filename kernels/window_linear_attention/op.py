@@ -201,25 +201,26 @@ def window_linear_attention_step(
     held = _given("state", state, sizes, features, None, q)
     scale = _check_scale(scale, keys)
     no = refusal(keys, features, width)
-    given = (q, k, v, phi_q, answer, mass, *held)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given):
+    asked: list = [q, k, v, phi_q, answer, mass, *held]
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in asked):
         no = "a gradient is asked for, and the Triton step has none"
     check_choice("backend", backend, FORCED)
     chosen = choose("window_linear_attention_step", backend, q.device, q.dtype, no)
     if chosen == "triton":
         from kernels.window_linear_attention import library
 
-        return library.step(q, k, v, phi_q, answer, mass, mask, *held, scale)
+        asked = [q, k, v, phi_q, answer, mass, mask, *held, scale]
+        return library.step(*asked)
     form = reference.step if chosen == "reference" else chunk.step
     sinks = None
     if held.sink_k is not None and held.sink_v is not None and held.sink_seen is not None:
         sinks = Sinks(wide(held.sink_k), wide(held.sink_v), held.sink_seen)
     n = held.n.to(held.M.dtype)
     sums = InfiniState(held.M * n[..., None, None], held.z * n[..., None], held.n)
-    beside = (None if x is None else wide(x) for x in (answer, mass))
-    tokens = (wide(x) for x in (q, k, v, phi_q))
+    asked = [None if x is None else wide(x) for x in (q, k, v, phi_q, answer, mass)]
+    asked += [mask, sinks, held.blocks > 0, sums, scale]
     with torch.autocast(q.device.type, enabled=False):
-        return form(*tokens, *beside, mask, sinks, held.blocks > 0, sums, scale).to(v.dtype)
+        return form(*asked).to(v.dtype)
 
 
 def refusal(keys: int, features: int, width: int) -> str | None:
@@ -254,11 +255,11 @@ def _triton(
     from kernels.linear_attention.fused import default_precision  # only here: Triton is imported when used
     from kernels.window_linear_attention import library
 
-    M, z, n = (None, None, None) if initial is None else initial[:3]
-    first = (None, None, None) if sinks is None else sinks
-    tokens = (q, k, v, phi_q, phi_k, write_gate, answer, mass, seen, write)
-    options = (block, lookback, scale, float(clamp), precision or default_precision(q), width, segments)
-    out, *memory, clamped, lost = library.forward(*tokens, *first, before, M, z, n, cu_seqlens, *options)[:6]
+    given: list = [q, k, v, phi_q, phi_k, write_gate, answer, mass, seen, write]
+    given += [*((None, None, None) if sinks is None else sinks), before]
+    given += [*((None, None, None) if initial is None else initial[:3]), cu_seqlens, block, lookback, scale]
+    given += [float(clamp), precision or default_precision(q), width, segments]
+    out, *memory, clamped, lost = library.forward(*given)[:6]
     return out, InfiniState(*memory), InfiniCounters(clamped, lost)
 
 

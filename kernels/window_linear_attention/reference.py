@@ -98,16 +98,18 @@ def window_linear_attention(
     """
     if cu_seqlens is not None:
         found = []
-        for n, (start, stop) in enumerate(pairwise(cu_seqlens.tolist())):
+        for i, (start, stop) in enumerate(pairwise(cu_seqlens.tolist())):
             tokens = (q, k, v, phi_q, phi_k, write_gate, answer, mass, seen, write)
-            own = (None if x is None else x[:, start:stop] for x in tokens)
-            first = None if sinks is None else Sinks(*(x[n : n + 1] for x in sinks))
-            held = InfiniState(*(x[n : n + 1] for x in initial))
-            options = (block, lookback, scale, clamp)
-            found.append(window_linear_attention(*own, first, before[n : n + 1], held, None, *options))  # type: ignore[arg-type]
-        outs, states, counters = zip(*found, strict=True)
-        state = InfiniState(*(torch.cat(x) for x in zip(*states, strict=True)))
-        return torch.cat(outs, 1), state, InfiniCounters(*(torch.cat(x) for x in zip(*counters, strict=True)))
+            own: list = [None if x is None else x[:, start:stop] for x in tokens]
+            own += [None if sinks is None else Sinks(*(x[i : i + 1] for x in sinks)), before[i : i + 1]]
+            own += [InfiniState(*(x[i : i + 1] for x in initial)), None, block, lookback, scale, clamp]
+            found.append(window_linear_attention(*own))
+        out, after, counters = zip(*found, strict=True)
+        return (
+            torch.cat(out, 1),
+            InfiniState(*(torch.cat(x) for x in zip(*after, strict=True))),
+            InfiniCounters(*(torch.cat(x) for x in zip(*counters, strict=True))),
+        )
     dtype, length = v.dtype, q.shape[1]
     q, k, v, phi_q, phi_k = (wide(x) for x in (q, k, v, phi_q, phi_k))
     sinks = None if sinks is None else Sinks(wide(sinks.k), wide(sinks.v), sinks.seen)
@@ -127,13 +129,12 @@ def window_linear_attention(
         if t == length:
             break
         window = slice(max(0, t // block - lookback) * block, t + 1)
-        near = (None if x is None else x[:, t] for x in (answer, mass))
         visible = None if seen is None else seen[:, window]
         apart = before + (t // block - lookback) > 0
-        sums = InfiniState(M, z, n)
-        outs.append(
-            step(q[:, t], k[:, window], v[:, window], phi_q[:, t], *near, visible, sinks, apart, sums, scale)
-        )
+        given: list = [q[:, t], k[:, window], v[:, window], phi_q[:, t]]
+        given += [None if x is None else x[:, t] for x in (answer, mass)]
+        given += [visible, sinks, apart, InfiniState(M, z, n), scale]
+        outs.append(step(*given))
     held = n.clamp_min(TINY)
     state = InfiniState(M / over(held, M), z / over(held, z), n)
     return torch.stack(outs, 1).to(dtype), state, InfiniCounters(clamped, nonfinite)

@@ -1,6 +1,5 @@
 """Infini-attention (Munkhdalai et al. 2024): a gate per head (and token) between exact part and memory."""
 
-import importlib
 from types import ModuleType
 
 import torch
@@ -13,6 +12,7 @@ from replace.config import AttentionConfig
 from replace.gates import ReadGate
 from replace.memory import MemoryMixer
 from replace.mixer import VARIANTS
+from replace.operators import operand_dtype, operators
 from replace.rotary import RotarySpec
 
 
@@ -40,7 +40,7 @@ class Infini(MemoryMixer):
             gate = torch.zeros_like(gate)
         # A compiler fuses the plain form by itself.
         plain = self.options.update != "linear" or torch.compiler.is_compiling()
-        operator = None if plain else operators()
+        operator = None if plain else operators("infini_memory")
         if operator is not None:
             form, dtype = self._form(blocks, operator)
             if form != "chunk" and blocks.step:
@@ -119,21 +119,3 @@ class Infini(MemoryMixer):
         self.nonfinite = self.nonfinite + counters.nonfinite.sum()
         blocks.after = Memory(*state)
         return grouped(wide(out).transpose(1, 2), self.heads, layout.block)
-
-
-def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """In which dtype the operator is given what it reads, where values are in `dtype`.
-
-    fp16 is too narrow for features, and Triton's interpreter, on the CPU, does not know bf16.
-    """
-    kept = dtype == torch.float64 or (dtype == torch.bfloat16 and device.type == "cuda")
-    return dtype if kept else torch.float32
-
-
-def operators() -> ModuleType | None:
-    """The module of the operator; None unless its form was asked for, and in an export (PyTorch alone)."""
-    if __name__.partition(".")[0] != "replace":
-        return None
-    if importlib.import_module("kernels.dispatch").forced() in ("auto", "chunk"):
-        return None
-    return importlib.import_module("kernels.infini_memory.op")

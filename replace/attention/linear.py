@@ -11,15 +11,19 @@ the sinks, from the first query on, and the retained pairs, and may be empty.
 """
 
 from functools import reduce
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
+from kernels.exact_attention.chunk import exact_attention_with_mass
+from kernels.linear_memory.chunk import Memory
 from kernels.numerics import wide
-from replace.blocks import Blocks, Call, Heads, Part
+from replace.blocks import Blocks, Call, Heads, Part, grouped
 from replace.config import AttentionConfig
 from replace.memory import MemoryMixer
 from replace.mixer import VARIANTS, BlockMixer
+from replace.operators import operand_dtype, operators
 from replace.rotary import RotarySpec
 
 
@@ -29,6 +33,11 @@ class Linear(MemoryMixer):
 
     With `local: none`, linear attention alone: untrained, a mean of all values that hardly selects, far from
     the teacher in every layer. The size of a block is then a matter of speed only.
+
+    Where `kernels.backend` asks for it, window, memory and joining are one operator,
+    `kernels.window_linear_attention`. It knows the linear update and no retained pairs. Sinks come to it as
+    an answer of their own, since their distances are capped; a token of decoding that completes no block goes
+    the general way.
     """
 
     needs_mass = True
@@ -61,8 +70,99 @@ class Linear(MemoryMixer):
         own = blocks.layout.positions().unflatten(1, (-1, self.block))  # [Q, N, S], since L = 0
         return (place <= own.unsqueeze(-1)).unsqueeze(1)
 
+    def attend_exactly(self, blocks: Blocks, call: Call) -> tuple[Tensor, Tensor | None]:
+        """As the base does; what the operator computes stays out of it."""
+        if self._operator(blocks, call) is None:
+            return super().attend_exactly(blocks, call)
+        parts = self._sink_part(blocks)
+        if not parts:
+            return blocks.v.new_zeros(()), None
+        q, k, v, mask = self._in_frame(blocks, parts)
+        sink_logit = self._sink_logit(call)
+        return exact_attention_with_mass(q, k, v, mask, call.scaling, sink_logit=sink_logit)
+
+    def _operator(self, blocks: Blocks, call: Call) -> tuple[ModuleType, str, torch.dtype] | None:
+        """The operator, what it is to run as and in which dtype; None where it does not know this call."""
+        # A compiler fuses the plain form by itself.
+        plain = self.alone or self.off or blocks.step or blocks.selection is not None
+        plain = plain or self.options.update != "linear" or torch.compiler.is_compiling()
+        far = (self.lookback + 1) * self.block
+        narrow = call.sliding_window is not None and call.sliding_window < far
+        unknown = call.softcap is not None or call.dropout or narrow
+        lone_logit = call.sink_logit is not None and not self.options.sinks
+        if plain or unknown or lone_logit:
+            return None
+        operator = operators("window_linear_attention")
+        if operator is None:
+            return None
+        dtype = operand_dtype(blocks.v.dtype, blocks.v.device)
+        refusal = operator.refusal(self.heads.dim, self.features, self.heads.dim)
+        form = operator.choose("window_linear_attention", "auto", blocks.v.device, dtype, refusal)
+        return None if form == "chunk" else (operator, form, dtype)
+
+    def _attend_by(
+        self,
+        operator: ModuleType,
+        form: str,
+        dtype: torch.dtype,
+        blocks: Blocks,
+        sinks: tuple[Tensor, Tensor] | None,
+        call: Call,
+    ) -> Tensor:
+        """As `mix`, of the sinks' answer and its log-denominator; the state goes to `blocks.after`.
+
+        The operator is given the L blocks before the first query too, with queries of 0 whose answers are
+        dropped. No query reads a block that has not left for good by the end of the call.
+        """
+        layout, held, before = blocks.layout, self._initial(blocks), self.lookback * self.block
+        positions = layout.positions()
+        query = wide(blocks.q)
+        phi_q = self.map_q(self._scaled(blocks.q, positions[:, None, before:], call.scaling))
+        phi_k = self.map_k(self._scaled(blocks.k, positions.unsqueeze(1), call.scaling))
+        if self.log_amplitude is not None:
+            phi_q = phi_q * self.log_amplitude.to(phi_q.dtype).exp().view(1, -1, 1, 1)
+        key = wide(blocks.k)
+        if self.rotary is not None:  # distances inside a window are true ones, wherever it is
+            place = torch.arange(key.shape[2], device=key.device)
+            query = self.rotary(query, place[before:], absolute=True)
+            key = self.rotary(key, place, absolute=True)
+        assert blocks.weight is not None
+        keep = (blocks.valid & (positions >= self.options.sinks)).unsqueeze(1) & ~blocks.bad
+        left = torch.arange(key.shape[2], device=key.device) < layout.evicted().view(-1, 1, 1) * layout.block
+        weight = torch.where(keep & left & blocks.weight.isfinite(), blocks.weight, 0)
+
+        def tokens(x: Tensor) -> Tensor:
+            """`[Q, X, W or N S, ...]` -> `[Q, W, X, ...]`, 0 before the first query."""
+            x = x.transpose(1, 2)
+            return torch.nn.functional.pad(x, [0, 0] * (x.dim() - 2) + [key.shape[2] - x.shape[1], 0])
+
+        extra = None
+        if sinks is not None:
+            answer, mass = (tokens(self._to_slots(wide(x))) for x in sinks)
+            extra = (answer, mass.squeeze(-1))
+        nothing = torch.zeros(len(positions), dtype=torch.int64, device=key.device)
+        out, state, counters = operator.window_linear_attention(
+            *(tokens(x).to(dtype) for x in (query, key, blocks.v, phi_q, phi_k)),
+            block=layout.block,
+            window=before,
+            scale=call.scaling,
+            write_gate=weight.transpose(1, 2),
+            extra=extra,
+            mask=blocks.valid,
+            initial_state=(held.M, held.z, held.n, nothing),
+            clamp=self.options.clamp,
+            backend=form,
+        )
+        self.clamped = self.clamped + counters.clamped.sum()
+        self.nonfinite = self.nonfinite + counters.nonfinite.sum()
+        blocks.after = Memory(state.M, state.z, state.n)
+        return grouped(wide(out[:, before:]).transpose(1, 2), self.heads, layout.block)
+
     def mix(self, blocks: Blocks, exact: Tensor, mass: Tensor | None, call: Call) -> Tensor:
         """Join under the shared denominator; see the module."""
+        found = self._operator(blocks, call)
+        if found is not None:
+            return self._attend_by(*found, blocks, None if mass is None else (exact, mass), call)
         assert mass is not None
         numerator, denominator, n = self.remember(blocks, call)
         log_memory = self._log_weight(n * denominator)

@@ -12,7 +12,7 @@ from distill.stages import language_stage, transfer_stage
 from kernels import dispatch
 from kernels.linear_attention import op
 from kernels.testing import assert_close, tolerance
-from replace.attention import infini
+from replace.attention import gated_delta, infini, linear
 from replace.blocks import Call, Heads
 from replace.cache import ReplacedCacheLayer
 from replace.compose import compose
@@ -20,6 +20,7 @@ from replace.config import AttentionConfig, Config
 from replace.convert import SwapSpec, swap
 from replace.errors import UserError
 from replace.mixer import VARIANTS
+from replace.rotary import RotarySpec
 from replace.tiny import tiny_model
 from replace.validation import validate
 
@@ -28,6 +29,17 @@ LAYERS = {
     "as measured": {"pairs": 4, "pairs_score": "key_norm"},
     "token gates": {"gate": "token", "write_gate": "none", "feature_map": "elu", "pairs": 0},
     "as published": {"local": "segment", "window": 0, "sinks": 0, "pairs": 0, "clamp": 0.05},
+}
+LINEAR = {
+    "as measured": {"write_gate": "none"},
+    "rotated, capped and gated": {"distance_cap": 12, "rotary": True, "window": 8, "sinks": 3},
+    "segments without sinks": {
+        "local": "segment",
+        "window": 0,
+        "sinks": 0,
+        "feature_map": "elu",
+        "clamp": 0.05,
+    },
 }
 
 
@@ -38,12 +50,15 @@ def _nothing_forced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     dispatch.force("auto")
 
 
-def layer(form: str, changes: dict, off: str = "") -> dict[str, Tensor]:
+def layer(
+    form: str, changes: dict, off: str = "", variant: str = "infini", **teacher: object
+) -> dict[str, Tensor]:
     """A layer fed in three pieces, padded and with a NaN, then token by token; values, state, gradients."""
     dispatch.force(form)
     torch.manual_seed(0)
     options = {"block": 4, "window": 4, "sinks": 1, "distance_cap": 64} | changes
-    mixer = VARIANTS.get("infini")(AttentionConfig(**options), Heads(4, 2, 8, 16), None)
+    rotary = None if variant == "infini" else RotarySpec([1.0, 0.3, 0.1, 0.01], "half")
+    mixer = VARIANTS.get(variant)(AttentionConfig(**options), Heads(4, 2, 8, 16), rotary)
     mixer.off = frozenset([off] if off else [])
     with torch.no_grad():
         for parameter in mixer.parameters():
@@ -51,17 +66,18 @@ def layer(form: str, changes: dict, off: str = "") -> dict[str, Tensor]:
     length = 23
     q, k, v = (torch.randn(2, heads, length, 8) for heads in (4, 2, 2))
     hidden, real = torch.randn(2, length, 16), torch.rand(2, length) > 0.2
-    k[0, 0, 3] = torch.nan
+    k[0, 0, 3], real[0, 3] = torch.nan, True
     leaves = [x.requires_grad_() for x in (q, k, v)]
     slot, outs = ReplacedCacheLayer(), []
     for part in (slice(0, 14), slice(14, 20), slice(20, 23)):
-        call = Call(hidden[:, part], 0.35, slot=slot, real=real[:, part])
+        call = Call(hidden[:, part], 0.35, slot=slot, real=real[:, part], **teacher)  # type: ignore[arg-type]
         outs.append(mixer(q[:, :, part], k[:, :, part], v[:, :, part], call))
     torch.cat(outs, 2).nan_to_num().square().sum().backward()
     with torch.no_grad():
         for _ in range(3):
             q, k, v = (torch.randn(2, heads, 1, 8) for heads in (4, 2, 2))
-            outs.append(mixer(q, k, v, Call(torch.randn(2, 1, 16), 0.35, slot=slot)))
+            call = Call(torch.randn(2, 1, 16), 0.35, slot=slot, **teacher)  # type: ignore[arg-type]
+            outs.append(mixer(q, k, v, call))
     state = slot.state
     assert state is not None
     found = {"out": torch.cat(outs, 2).nan_to_num()} | state.tensors()
@@ -103,6 +119,86 @@ def test_what_the_operator_does_not_know_goes_the_general_way(monkeypatch: pytes
     layer("reference", LAYERS["as measured"] | {"update": "delta_bounded"})
     layer("chunk", LAYERS["as measured"])
     layer("auto", LAYERS["as measured"])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", LINEAR)
+def test_a_linear_layer_is_the_same_by_the_operator(
+    form: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"pairs": 0} | LINEAR[name]
+    teacher = {"sink_logit": torch.randn(4)} if options.get("sinks", 1) else {}
+    want = layer("auto", options, variant="linear", **teacher)
+    used, method = [], linear.Linear._attend_by
+    monkeypatch.setattr(linear.Linear, "_attend_by", lambda *a: (used.append(a[2]), method(*a))[1])
+    got = layer(form, options, variant="linear", **teacher)
+    assert set(used) == {form}
+    assert len(used) > 3  # each piece, and a token that completes a block
+    assert got.keys() == want.keys()
+    assert (float(want["clamped"]) > 0) == ("clamp" in options)
+    assert float(want["nonfinite"]) > 0
+    for key, value in want.items():
+        if value.numel():
+            assert_close(key, got[key], value, tolerance(torch.float32))
+
+
+def test_a_linear_layer_goes_the_general_way_where_the_operator_knows_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(linear.Linear, "_attend_by", None)
+    plain = {"pairs": 0}
+    layer("reference", {"pairs": 4, "pairs_score": "key_norm"}, variant="linear")
+    layer("reference", plain | {"update": "delta_bounded"}, variant="linear")
+    layer("reference", plain | {"local": "none", "window": 0}, variant="linear")
+    for teacher in ({"softcap": 3.0}, {"sliding_window": 5}, {"dropout": 0.1}):
+        layer("reference", plain, variant="linear", **teacher)
+    layer("reference", plain | {"sinks": 0}, variant="linear", sink_logit=torch.randn(4))
+    for off in ("memory", "window", "sinks"):
+        layer("reference", plain, off, variant="linear")
+    layer("chunk", plain, variant="linear")
+    layer("auto", plain, variant="linear")
+
+
+GATED = {
+    "as measured": {"pairs": 0},
+    "rotated, with pairs": {
+        "pairs": 4,
+        "pairs_score": "key_norm",
+        "rotary": True,
+        "gate": "token",
+        "window": 8,
+    },
+    "segments": {"local": "segment", "window": 0, "sinks": 0, "pairs": 0, "own": {"step_init": 0.9}},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", GATED)
+def test_a_gated_delta_layer_is_the_same_by_the_operator(
+    form: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"clamp": gated_delta.UNREACHED} | GATED[name]
+    want = layer("auto", options, variant="gated_delta")
+    used, method = [], gated_delta.GatedDelta._read_by
+    monkeypatch.setattr(gated_delta.GatedDelta, "_read_by", lambda *a: (used.append(a[2]), method(*a))[1])
+    got = layer(form, options, variant="gated_delta")
+    assert set(used) == {form}
+    assert len(used) > 3  # each piece, and a token that completes a block
+    assert got.keys() == want.keys()
+    assert float(want["nonfinite"]) > 0
+    for key, value in want.items():
+        if value.numel():
+            assert_close(key, got[key], value, tolerance(torch.float32))
+
+
+def test_a_gated_delta_layer_goes_the_general_way_where_the_operator_knows_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gated_delta.GatedDelta, "_read_by", None)
+    layer("reference", {"pairs": 0}, variant="gated_delta")  # whose guard may have to limit
+    open_ended = {"pairs": 0, "clamp": gated_delta.UNREACHED}
+    layer("chunk", open_ended, variant="gated_delta")
+    layer("auto", open_ended, variant="gated_delta")
 
 
 def losses(form: str, steps: int, device: str = "cpu") -> list[float]:

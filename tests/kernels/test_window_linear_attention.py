@@ -11,6 +11,10 @@ from torch import Tensor
 from kernels import WindowLinearState, window_linear_attention, window_linear_attention_step
 from kernels.testing import assert_close, poisoned, tolerance
 from kernels.window_linear_attention import chunk, op
+from replace.attention.linear import Linear
+from replace.blocks import Call, Heads
+from replace.cache import ReplacedCacheLayer
+from replace.config import AttentionConfig
 
 Result = dict[str, Tensor]
 
@@ -615,6 +619,46 @@ def test_a_gradient_may_reach_one_result_alone(name: str, device: str, dtype: to
     want = torch.einsum("btgf,bgfd->btgd", x.phi_k[:, :8], x.final_M.to(dtype)) / 8
     assert_close("dv", only_M[:, :8], want, tolerance(dtype, device, True))
     assert torch.equal(only_M[:, 8:], torch.zeros_like(only_M[:, 8:]))
+
+
+@pytest.mark.parametrize("gate", ["none", "token"])
+@pytest.mark.parametrize("name", ["reference", "chunk"])
+def test_it_is_the_layer_of_linear_attention(name: str, gate: str) -> None:
+    torch.manual_seed(0)
+    sizes = {"block": 4, "window": 8, "sinks": 3}
+    options = AttentionConfig(name="linear", pairs=0, distance_cap=None, write_gate=gate, **sizes)
+    layer = Linear(options, Heads(4, 2, 8, 16), None).double()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    q, k, v = (torch.randn(2, heads, 39, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    hidden = torch.randn(2, 39, 16, dtype=torch.float64)
+    slope = torch.randn(2, 4, 39, 8, dtype=torch.float64)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    weights = [x for x in layer.parameters() if x.requires_grad]
+    slot = ReplacedCacheLayer()
+    want = layer(q, k, v, Call(hidden, 0.35, slot=slot))
+    expected = torch.autograd.grad(want, [*leaves, *weights], slope)
+    assert layer.log_amplitude is not None
+    phi_q, phi_k = layer.features_of(q, k, torch.arange(39).expand(2, -1), 0.35)
+    phi_q = phi_q * layer.log_amplitude.exp().view(1, -1, 1, 1)
+    gates = layer.write_weights(hidden)
+    out, state, _ = window_linear_attention(
+        *(x.transpose(1, 2) for x in (q, k, v, phi_q, phi_k)), scale=0.35, **sizes, backend=name,
+        write_gate=None if gates is None else gates.transpose(1, 2),
+    )  # fmt: skip
+    limit = tolerance(torch.float64)
+    assert_close("out", out.transpose(1, 2), want, limit)
+    found = torch.autograd.grad(out.transpose(1, 2), [*leaves, *weights], slope)
+    for i, (one, other) in enumerate(zip(found, expected, strict=True)):
+        assert_close(f"gradient {i}", one, other, limit)
+    assert slot.state is not None
+    assert slot.state.memory_M is not None
+    assert slot.state.memory_n is not None
+    assert state.blocks.tolist() == [7, 7]
+    assert slot.state.length.tolist() == [39, 39]
+    assert_close("M", state.M, slot.state.memory_M, limit)
+    assert_close("n", state.n, slot.state.memory_n, limit)
 
 
 def test_gradients_of_blocks_equal_differences() -> None:
