@@ -230,6 +230,8 @@ def _soft_cap(model: PreTrainedModel) -> bool:
     return getattr(model.config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None
 
 
-def _without_paths(provenance: Mapping[str, Any]) -> dict[str, Any]:
+def _without_paths(told: Any) -> Any:
     """Folders of this machine shortened to their last part: an export is made to be given away."""
-    return {key: Path(str(value)).name if key == "path" else value for key, value in provenance.items()}
+    if isinstance(told, Mapping):
+        return {k: Path(str(v)).name if k == "path" else _without_paths(v) for k, v in told.items()}
+    return [_without_paths(item) for item in told] if isinstance(told, list) else told
