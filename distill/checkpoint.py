@@ -1,8 +1,8 @@
 """Checkpoints: safetensors and JSON, checked by SHA-256, written under a temporary name and renamed.
 
 A checkpoint is a folder with state.safetensors, whose header also holds the counters, so that one checksum
-covers all that is read, and about.json: the checksum, and the counters once more for a person. Nothing is ever
-unpickled.
+covers all that is read, and about.json: the checksum, and the counters once more for a person. Nothing is
+ever unpickled.
 """
 
 import hashlib

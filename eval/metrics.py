@@ -1,6 +1,6 @@
 """metrics.json: every figure of a run, by phase. A stable schema that scripts, sweeps and the report read.
 
-    {"schema": 1, "model", "attention", "experiment", "layers": [..], "seed", "device",
+    {"schema": 2, "model", "attention", "experiment", "layers": [..], "seed", "device",
      "wall_seconds": {"<phase>" | "eval <phase>": seconds}, "test_reads",
      "parts": {"replaced", "memory", "pairs", "sinks", "full_attention": numbers of layers,
                "unreplaced": {"full_attention", "sliding_window", "recurrent": indices of layers}},
@@ -47,13 +47,15 @@ A phase that did not run is absent. A figure that could not be measured is null,
 
 import json
 import math
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from replace.errors import UserError, bad_value
 from replace.files import atomic_write
 
-SCHEMA = 1
+SCHEMA = 2
 TEACHERS = ("teacher", "continued_teacher")
 """Phases of a model whose attention was not replaced."""
 PHASES = (*TEACHERS, "swapped", "stage1", "stage2", "stage3", "lora", "model")
@@ -100,18 +102,45 @@ def write_metrics(folder: Path, metrics: dict) -> Path:
 def read_metrics(folder: Path) -> dict:
     """The metrics of a run's folder.
 
+    Those of an earlier schema are brought to this one; the file stays as it is.
+
     Raises:
-        UserError: there are none, or they are of another schema.
+        UserError: there are none, or they are of a later schema.
     """
     path = Path(folder) / FILE
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise bad_value("run", str(folder), f"a folder with a readable {FILE}") from error
+    metrics = migrated(metrics)
     wrong = problems(metrics)
     if wrong:
         raise UserError(f"{path} does not follow schema {SCHEMA}: {wrong[0]}.")
     return metrics
+
+
+def migrated(metrics: Any) -> Any:
+    """Metrics of an earlier schema as this one has them; everything else as it is."""
+    while isinstance(metrics, dict) and metrics.get("schema") in MIGRATIONS:
+        metrics = MIGRATIONS[metrics["schema"]](metrics)
+    return metrics
+
+
+def _from_1(metrics: dict) -> dict:
+    """Schema 2 gives the experiment a place of its own; before, it stood in that of the attention variant."""
+    metrics = {**metrics, "schema": 2}
+    if "experiment" not in metrics:
+        name = metrics["experiment"] = metrics.get("attention")
+        variants = Counter(row["variant"] for row in metrics.get("replaced", ()))
+        # `infini_paper` is an experiment with `infini`; where several are mixed, it is named after the one.
+        called = [variant for variant in variants if name is not None and name.startswith(variant)]
+        if variants:
+            metrics["attention"] = max(called, key=len) if called else variants.most_common(1)[0][0]
+    return metrics
+
+
+MIGRATIONS: dict[int, Callable[[dict], dict]] = {1: _from_1}
+"""From each earlier schema to the next."""
 
 
 def problems(metrics: Any) -> list[str]:

@@ -9,13 +9,13 @@ from replace.secrets import blot
 
 
 class Lenient(logging.Handler):
-    """Keys are blotted out of its lines, and a disk or a pipe that takes no more of them does not end a run."""
+    """Keys are blotted out of its lines, and a disk or pipe that takes no more does not end a run."""
 
     def format(self, record: logging.LogRecord) -> str:
         """A record as a line, without keys."""
         return blot(super().format(record))
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # the name that logging calls
+    def handleError(self, record: logging.LogRecord) -> None:
         """The line is lost where nothing can be written; everything else is told as logging does."""
         if not isinstance(sys.exc_info()[1], OSError):
             super().handleError(record)

@@ -76,7 +76,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def clear(folder: Path) -> None:
-    """Remove what a process that was killed was writing below `folder`, and put back what it was replacing."""
+    """Remove what a killed process was writing below `folder`, and put back what it was replacing."""
     for path in sorted(Path(folder).rglob(f".*{OLD}")):
         name = path.with_name(path.name.removeprefix(".").removesuffix(OLD))
         if name.exists():

@@ -1,17 +1,12 @@
 """One run, from top to bottom."""
 
 import dataclasses
-import hashlib
 import json
 import logging
-import platform
 import random
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -41,7 +36,7 @@ from replace.cache import ReplacedCacheLayer
 from replace.choice import layers_of, spec_of
 from replace.config import Config
 from replace.convert import Conversion, SwapSpec, attention_layers, mixers, probe_ids, swap
-from replace.corpora import Document, load_documents, provenance_of
+from replace.corpora import Document, load_documents
 from replace.errors import UserError
 from replace.export.write import export
 from replace.files import atomic_write, clear
@@ -52,15 +47,13 @@ from replace.memory import MemoryMixer
 from replace.precision import DTYPES, autocast
 from replace.properties.examine import check as check_properties
 from replace.properties.examine import magnitudes
+from replace.provenance import end_provenance, for_export, write_provenance
 from replace.ranking import FILE as RANKING
 from replace.ranking import read_ranking, taken
 from replace.softmax_backend import SoftmaxKernels
 from replace.validation import selected
 
 logger = logging.getLogger(__name__)
-
-CODE = ("conf", "replace", "distill", "eval", "kernels", "pyproject.toml")
-"""What makes a working tree dirty; a run's own folder beside it does not."""
 
 COUNTED = ("tokens", "skipped_steps", "clamped", "nonfinite")
 """What adds up over stages."""
@@ -71,6 +64,7 @@ def run(config: Config, run_dir: Path) -> dict:
 
     A folder that already holds part of this run is continued: finished phases are not repeated.
     """
+    began = time.perf_counter()
     prepare(config, run_dir)
     documents = load_documents(config.data)  # first: a mistake in the text should not wait for the model
     check_text(documents, load_tokenizer(config.model), config)
@@ -78,22 +72,25 @@ def run(config: Config, run_dir: Path) -> dict:
     if tunes(config):
         check_tuning(loaded.model, loaded.tokenizer, documents, config)
     model = loaded.model.to(device_of_choice())  # type: ignore[arg-type]  # transformers' decorated `to`
-    _write_provenance(run_dir, config, loaded, documents)
+    changed = write_provenance(run_dir, config, loaded, documents)
+    if changed:
+        logger.warning("the run began elsewhere, so figures may differ: %s", "; ".join(changed))
     metrics = _open_metrics(run_dir, config, loaded, model)
     metrics["items"] = items_of(documents, loaded.tokenizer, clear_tokens(config.attention))
     using = yardstick(loaded.tokenizer, config, documents)
     log = open_logger(config, run_dir)
     softmax = SoftmaxKernels(config.softmax_backend, config.precision)
     try:
-        metrics = _phases(config, run_dir, loaded, documents, metrics, using, log, softmax)
+        _phases(config, run_dir, loaded, documents, metrics, using, log, softmax)
         log.results(metrics, run_dir)
-        return metrics
     except (UserError, OSError) as error:
         log.failed(str(error))
         raise
     finally:
         softmax.close()
         log.finish()
+    end_provenance(run_dir, began)
+    return metrics
 
 
 def _phases(
@@ -105,7 +102,7 @@ def _phases(
     using: Yardstick,
     log: Logger,
     softmax: SoftmaxKernels,
-) -> dict:
+) -> None:
     """Teacher, swap, stages, export, report: the phases, one after the other."""
     model, tokenizer = loaded.model, loaded.tokenizer
     softmax.settle(model)
@@ -165,14 +162,13 @@ def _phases(
     write_metrics(run_dir, metrics)
     write_report(run_dir)
     logger.info("done: %s", run_dir / "report.md")
-    return metrics
 
 
 def _export(
     model: PreTrainedModel, tokenizer, config: Config, run_dir: Path, name: str, metrics: dict
 ) -> None:
     """Write the student into a folder of the run, with the figures that are known so far in its card."""
-    provenance = json.loads((run_dir / "provenance.json").read_text())
+    provenance = for_export(run_dir)
     tuned = metrics["phases"].get("lora", {}).get("tuning", {}).get("data", {}).get("source")
     if tuned is not None and name == "model":
         provenance["data"]["tuning"] = tuned
@@ -415,58 +411,3 @@ def _open_metrics(run_dir: Path, config: Config, loaded: Loaded, model: PreTrain
         seed=config.seed,
         device=str(model.device),
     )
-
-
-def _write_provenance(run_dir: Path, config: Config, loaded: Loaded, documents: list[Document]) -> None:
-    """Versions, commit, command, data and model, so that every figure can be traced."""
-    if (run_dir / "provenance.json").exists():
-        return
-    packages = (
-        "torch",
-        "transformers",
-        "accelerate",
-        "peft",
-        "hydra-core",
-        "numpy",
-        "lm-eval",
-        "layer-replace",
-    )
-    about = {
-        "command": " ".join(["python", "-m", "replace", *sys.argv[1:]]),
-        "seed": config.seed,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "device": str(loaded.model.device),
-        "threads": torch.get_num_threads(),
-        "versions": {name: _version(name) for name in packages},
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": None if (changes := _git("status", "--porcelain", "--", *CODE)) is None else bool(changes),
-        "config_sha256": hashlib.sha256((run_dir / "config.json").read_bytes()).hexdigest(),
-        "model": loaded.provenance,
-        "data": provenance_of(documents),
-    }
-    atomic_write(run_dir / "provenance.json", json.dumps(about, indent=1))
-
-
-def _version(name: str) -> str | None:
-    """The installed version; None for a package that is only importable, such as a checkout on the path."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _git(*arguments: str) -> str | None:
-    """What git says of the project's folder; None where there is no git or no repository."""
-    try:
-        done = subprocess.run(
-            ["git", *arguments],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

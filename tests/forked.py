@@ -1,10 +1,10 @@
-"""Runs command lines of `replace` in forked children, one a line of standard input, and kills them if told to.
+"""Runs command lines of `replace` in forked children, one a line of standard input, and kills some of them.
 
 The modules are imported once, which takes longer than a run of the tiny model. A line is a JSON object with
-`arguments`; with `number`, a signal, and `after`, seconds, counted from when a file matches the glob `when`, if
-that is given; with `half`, the count of the checkpoint in the middle of whose writing the child kills itself;
-with `rename`, that of the rename before which it does. What the child prints goes to the file `output`. The
-answer is the exit code, negative for a signal.
+`arguments` and the file `output` for what the child prints; with `reproduce`, if it is that command; with
+`number`, a signal, and `after`, seconds, counted from when a file matches the glob `when`, if that is given;
+with `half`, the count of the checkpoint in the middle of whose writing the child kills itself; with `rename`,
+that of the rename before which it does. The answer is the exit code, negative for a signal.
 """
 
 import glob
@@ -19,7 +19,8 @@ import torch
 
 import distill.checkpoint
 import replace.pipeline  # noqa: F401  # for the children's sake
-from replace.__main__ import main
+from replace import __main__ as start
+from replace import reproduce
 
 
 def die_in_write(count):
@@ -63,7 +64,8 @@ def child(job):
         die_before_rename(job["rename"])
     code = 1  # what an error that nothing caught leaves
     try:
-        code = main(job["arguments"])
+        module = reproduce if job.get("reproduce") else start
+        code = module.main(job["arguments"])
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

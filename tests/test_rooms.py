@@ -15,7 +15,7 @@ MAY_IMPORT = {
 }
 ROOMS = set(MAY_IMPORT) | {"conf", "tests"}
 # Only these see everything: the commands, and the one function that is a run from top to bottom.
-ENTRY_POINTS = {"replace/__main__.py", "replace/pipeline.py", "eval/__main__.py"}
+ENTRY_POINTS = {"replace/__main__.py", "replace/pipeline.py", "replace/reproduce.py", "eval/__main__.py"}
 FILES = sorted(str(path.relative_to(ROOT)) for room in MAY_IMPORT for path in (ROOT / room).rglob("*.py"))
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from eval.metrics import read_metrics, without_times
+from eval.metrics import read_metrics, without_times, write_metrics
 
 WORDS = ("the", "old", "house", "stood", "near", "a", "river", "nobody", "knew", "who", "lived", "there")
 
-# All stages on a tiny model in about two seconds; GPT-2 because it drops out, so that a step draws random numbers.
+# All stages on a tiny model in about two seconds; GPT-2 because it has dropout, which draws random numbers.
 CHEAP = ["+exp=infini", "model=tiny", "model.family=gpt2", "budget=smoke", "threads=1", "eval=perplexity"]
 CHEAP += ["layers=first", "layers.k=2", "layers.rest=keep", "data=files", "stage.checkpoint_every=2"]
 CHEAP += ["attention.block=8", "attention.window=8", "attention.pairs=4", "attention.distance_cap=16"]
@@ -59,7 +59,9 @@ class Server:
         """Run one command line; returns its exit code and what it printed."""
         output = self.folder / "output.txt"
         output.write_text("")
-        job |= {"arguments": [*arguments, f"hydra.run.dir={run}"] if arguments else [f"resume={run}"]}
+        if "reproduce" not in job:
+            arguments = [*arguments, f"hydra.run.dir={run}"] if arguments else [f"resume={run}"]
+        job |= {"arguments": arguments}
         self.process.stdin.write(json.dumps(job | {"output": str(output)}) + "\n")
         self.process.stdin.flush()
         return int(self.process.stdout.readline()), output.read_text()
@@ -118,6 +120,24 @@ def test_a_run_survives_two_kills_and_a_polite_end(server, whole):
     code, said = server.run(run, [])
     assert code == 0, said
     assert server.result("survivor") == whole
+
+
+def test_a_run_is_reproduced_from_its_record_alone(server, whole):
+    """Its own folder apart nothing is given; a changed record is found out."""
+    code, said = server.run("again", ["run=whole", "out=again"], reproduce=True)
+    assert code == 0, said
+    assert "equal: every figure is the same" in said
+    assert server.result("again") == whole
+    about = [json.loads((server.folder / run / "provenance.json").read_text()) for run in ("whole", "again")]
+    assert about[0]["model"] == about[1]["model"]
+    assert about[0]["data"] == about[1]["data"]
+    metrics = read_metrics(server.folder / "whole")
+    metrics["phases"]["stage3"]["training"]["loss_last"] += 1e-12
+    write_metrics(server.folder / "whole", metrics)
+    code, said = server.run("again", ["run=whole", "out=again"], reproduce=True)
+    assert code == 1, said
+    assert "phases.stage3.training.loss_last: " in said
+    assert "1 figures differ" in said
 
 
 @pytest.mark.slow

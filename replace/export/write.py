@@ -254,8 +254,5 @@ def _soft_cap(model: PreTrainedModel) -> bool:
 def _without_paths(told: Any) -> Any:
     """Folders of this machine shortened to their last part: an export is made to be given away."""
     if isinstance(told, Mapping):
-        return {
-            key: Path(str(value)).name if key == "path" else _without_paths(value)
-            for key, value in told.items()
-        }
+        return {k: Path(str(v)).name if k == "path" else _without_paths(v) for k, v in told.items()}
     return [_without_paths(item) for item in told] if isinstance(told, list) else told

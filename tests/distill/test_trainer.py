@@ -115,8 +115,8 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, config
 
 def cut(folder, config, stop_at=9):
     """A stage that was interrupted, with two checkpoints inside; returns them, the newest last."""
+    model = Model()
     with pytest.raises(KeyboardInterrupt):
-        model = Model()
         train(model, stage_of(model, stop_at=stop_at), Rows(), config, folder, NoLogger())
     return sorted((folder / "checkpoints" / "stage2").glob("step-*"))
 

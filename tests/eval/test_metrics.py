@@ -2,10 +2,13 @@
 
 import json
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 
-from eval.metrics import SCHEMA, clean, new_metrics, problems, read_metrics, write_metrics
+from eval.metrics import MIGRATIONS, SCHEMA, clean, new_metrics, problems, read_metrics, write_metrics
+from eval.report import write_report
 from replace.errors import UserError
 
 
@@ -83,4 +86,53 @@ def test_an_unreadable_file_is_one_sentence(tmp_path, content):
     if content is not None:
         (tmp_path / "metrics.json").write_text(content)
     with pytest.raises(UserError):
+        read_metrics(tmp_path)
+
+
+STORED = Path(__file__).with_name("schema_1.json")
+
+
+def test_a_run_of_an_earlier_schema_is_read_and_reported(tmp_path):
+    """Part of a run of schema 1, as it was written: its experiment stands where the variant does now."""
+    shutil.copy(STORED, tmp_path / "metrics.json")
+    old, new = json.loads(STORED.read_text()), read_metrics(tmp_path)
+    assert (old["schema"], old["attention"], new["schema"]) == (1, "infini_paper", SCHEMA)
+    assert (new["experiment"], new["attention"]) == ("infini_paper", "infini")
+    assert new["phases"] == old["phases"]
+    assert (tmp_path / "metrics.json").read_bytes() == STORED.read_bytes(), "the record stays as it is"
+    write_report(tmp_path)
+    assert "`infini_paper` / `infini`" in (tmp_path / "report.md").read_text()
+    write_metrics(tmp_path, new)
+    assert read_metrics(tmp_path) == new
+
+
+@pytest.mark.parametrize(
+    ("attention", "variants", "experiment", "now"),
+    [
+        ("infini", ["infini", "sliding_window", "sliding_window"], "infini", "infini"),
+        ("linear_alone", ["linear"], "linear_alone", "linear"),
+        ("custom", ["linear", "sliding_window", "sliding_window"], "custom", "sliding_window"),
+        ("infini", [], "infini", "infini"),
+        (None, [], None, None),
+    ],
+)
+def test_the_variant_of_an_earlier_schema(tmp_path, attention, variants, experiment, now):
+    metrics = new_metrics(model="m", attention=attention, layers=[], seed=0, device="cpu")
+    metrics |= {"schema": 1, "replaced": [{"variant": variant} for variant in variants]}
+    del metrics["experiment"]
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    read = read_metrics(tmp_path)
+    assert (read["experiment"], read["attention"]) == (experiment, now)
+    metrics |= {"experiment": "mine"}  # of the last runs of schema 1, which had both
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    assert read_metrics(tmp_path)["attention"] == attention
+
+
+def test_every_earlier_schema_leads_to_this_one():
+    assert set(MIGRATIONS) == set(range(1, SCHEMA))
+
+
+def test_a_later_schema_is_refused_by_its_number(run, tmp_path):
+    (tmp_path / "metrics.json").write_text(json.dumps(run | {"schema": SCHEMA + 1}))
+    with pytest.raises(UserError, match=f"schema is {SCHEMA + 1} and should be {SCHEMA}"):
         read_metrics(tmp_path)

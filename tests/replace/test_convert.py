@@ -196,7 +196,7 @@ def test_a_saved_state_dict_loads_into_another_swapped_model(tmp_path) -> None:
     for m in (model, other):
         swap(m, some(0, 2))
     torch.save(model.state_dict(), tmp_path / "weights.pt")
-    other.load_state_dict(torch.load(tmp_path / "weights.pt"))
+    other.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
     assert torch.equal(logits(other), logits(model))
 
 

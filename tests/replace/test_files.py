@@ -64,7 +64,7 @@ def test_a_full_disk_is_an_error_of_the_system_whoever_says_so(tmp_path, kind):
 
 
 def test_what_a_killed_process_left_is_cleared(tmp_path, monkeypatch):
-    """Killed while a file is written, while a folder is, and between the two renames of one that is replaced."""
+    """While it wrote a file or a folder, and between the two renames of a folder that is replaced."""
     run = tmp_path / "run"
     atomic_write(run / ".hydra" / "config.yaml", "kept")
 

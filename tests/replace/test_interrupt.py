@@ -35,19 +35,26 @@ def test_a_first_signal_waits_for_the_end_of_the_block_and_a_second_does_not():
     assert done == [143]
     assert stopped.value.code == 143
     done.clear()
-    with stoppable(), pytest.raises(Stopped):
+
+    def twice():
         with held():
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGINT)
             done.append("never")
+
+    with stoppable(), pytest.raises(Stopped):
+        twice()
     assert done == []
 
 
 def test_an_error_in_the_block_is_not_replaced_by_the_signal():
-    with stoppable(), pytest.raises(ZeroDivisionError):
+    def failing():
         with held():
             os.kill(os.getpid(), signal.SIGTERM)
             raise ZeroDivisionError
+
+    with stoppable(), pytest.raises(ZeroDivisionError):
+        failing()
 
 
 def test_what_is_ignored_stays_ignored():
