@@ -190,6 +190,18 @@ def test_an_interrupted_tuning_ends_with_the_very_same_weights(whole, tmp_path, 
     assert [line["step"] for line in lines] == sorted({line["step"] for line in lines})
 
 
+def test_new_adapters_depend_on_the_seed_alone():
+    found = []
+    for drawn, seed in ((1, 0), (2, 0), (1, 5)):
+        torch.manual_seed(drawn)  # what was drawn before them
+        model, state = student(), torch.get_rng_state()
+        adapted(model, LoraConfig(rank=4), ["q_proj"], seed)
+        assert torch.equal(torch.get_rng_state(), state)
+        found.append(model.model.layers[0].self_attn.q_proj.lora_A["default"].weight)
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
 # Refusals
 
 
