@@ -6,6 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 RUN = ROOT / "eval" / "results" / "infini_quick"
 PUBLISHED = ROOT / "eval" / "results" / "infini_paper_quick"
+FULL = ROOT / "eval" / "results" / "infini_full"
 
 
 def table(metrics: dict, published: dict) -> list[str]:
@@ -70,7 +71,31 @@ def test_the_table_of_results_is_that_of_the_kept_run():
     assert f"{sum(metrics['wall_seconds'].values()) / 60:.0f} minutes" in readme
 
 
+def test_what_the_readme_says_of_the_whole_evaluation_is_in_its_figures():
+    student = json.loads((FULL / "metrics.json").read_text("utf-8"))["phases"]["stage3"]
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    keys = [cell for cell in student["passkey_long"]["cells"] if cell["length"] == 16384]
+    hits, off = (sum(sum(part["hits"]) for part in parts) for parts in (keys, [cell["off"] for cell in keys]))
+    assert (
+        f"at 16,384 tokens in {hits} of {len(keys)} episodes, with both parts off in {off} of {len(keys)}"
+        in readme
+    )
+    codes = [mean for mean in student["niah_grid"]["means"] if mean["form"] == "single_3"]
+    first = sum(mean["ranks"].count(1) for mean in codes)
+    episodes, exact = (
+        sum(f(mean) for mean in codes) for f in (lambda m: m["episodes"], lambda m: sum(m["hits"]))
+    )
+    assert f"of {episodes} UUIDs it ranks {first} first among ten and copies {exact} exactly" in readme
+    streamed = student["streaming"]
+    pairs = zip(streamed["by_position"], streamed["teacher_window"]["by_position"], strict=True)
+    gaps = [(mine["from"], round(100 * (mine["ppl"] / theirs["ppl"] - 1))) for mine, theirs in pairs]
+    near, far = ([gap for start, gap in gaps if f(start)] for f in (lambda s: s < 2048, lambda s: s >= 32768))
+    assert f"{-max(near)} to {-min(near)} % below that of the teacher with a sliding window" in readme
+    assert f"{min(far)} to {max(far)} % above it from 32,768 on" in readme
+    assert f"a novel of {streamed['tokens']:,} tokens" in readme
+
+
 def test_what_the_readme_points_to_is_there():
     assert (RUN / "recall.png").exists()
-    for run in (RUN, PUBLISHED):
+    for run in (RUN, PUBLISHED, FULL):
         assert json.loads((run / "provenance.json").read_text(encoding="utf-8"))["commit"]
