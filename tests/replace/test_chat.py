@@ -273,7 +273,7 @@ class Terminal:
             os.execve(sys.executable, [sys.executable, "-m", "replace.chat", *arguments], environment)
         self.text = ""
 
-    def read(self, seconds: float = 120) -> str:
+    def read(self, seconds: float = 600) -> str:
         """What is written next."""
         assert select.select([self.end], [], [], seconds)[0], self.text
         new = os.read(self.end, 1 << 16).decode(errors="replace")
@@ -298,7 +298,7 @@ class Terminal:
         self.until(wanted, here)
         return self.until("\n> ", here + self.text[here:].index(wanted))
 
-    def ended(self, seconds: float = 60) -> int:
+    def ended(self, seconds: float = 300) -> int:
         """The exit code; what does not end is killed."""
         deadline = time.monotonic() + seconds
         while (found := os.waitpid(self.child, os.WNOHANG))[0] == 0:
