@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from replace.interrupt import CODE, end_quietly
+from replace.interrupt import code_of, end_quietly, stoppable
 
 if __name__ == "__main__":
     end_quietly()  # the imports below take seconds
@@ -72,7 +72,7 @@ NOTHING = Plan(perplexity=False, probes=False, layer_outputs=False)
 
 @dataclass
 class Interrupted(Exception):
-    """Ctrl-C while something was measured.
+    """A signal while something was measured; the cause is the interrupt itself.
 
     Attributes:
         folder: where what was measured before is written; None if there was nothing.
@@ -82,7 +82,9 @@ class Interrupted(Exception):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; the exit code is 0, 2 after a mistake that one sentence explains, 130 after Ctrl-C."""
+    """Run the command; the exit code is 0, 2 after a mistake that one sentence explains, 130 after Ctrl-C,
+    143 after SIGTERM.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help", "help=true"):
         (sys.stdout if given else sys.stderr).write(USAGE.format(sets=" ".join(choices("eval"))))
@@ -91,7 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parse(given)
         _log(options)
         store = Store(read=options.get("cache") != "false")
-        reports = run(options, store)
+        with stoppable():
+            reports = run(options, store)
         if store.taken:
             logger.info("%d results were in the cache, %d were measured", len(store.taken), len(store.made))
         for report in reports:
@@ -105,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = getattr(error, "folder", None)
         kept = f"what was measured is in {folder}" if folder else "nothing is lost"
         sys.stderr.write(f"error: interrupted; {kept}, and the same command measures only what is missing.\n")
-        return CODE
+        return code_of(error if isinstance(error, KeyboardInterrupt) else error.__cause__)
     return 0
 
 

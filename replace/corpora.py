@@ -51,6 +51,8 @@ LAST_TRAIN_YEAR, LAST_DEV_YEAR = 2000, 2016
 FILE_ENDINGS = (".txt", ".jsonl", ".parquet")
 HUB_CHARACTERS = 40_000_000  # about ten million tokens, held in memory
 NGRAM = 13
+SURROGATE = re.compile("[\ud800-\udfff]")
+"""What JSON can spell and no encoding can hold, so that no tokenizer takes it."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,8 @@ def _texts_of(path: Path, cfg: DataConfig) -> Iterator[str]:
     if path.suffix == ".txt":
         yield _line_ends(_decode(path))
     elif path.suffix == ".jsonl":
-        for number, line in enumerate(_decode(path).splitlines(), start=1):
+        # Not splitlines(), which also cuts at signs that may stand within a line of JSON, such as U+2028.
+        for number, line in enumerate(_decode(path).split("\n"), start=1):
             if line.strip():
                 yield _text_of_line(path, number, line, cfg)
     elif path.suffix == ".parquet":
@@ -205,13 +208,16 @@ def _decode(path: Path) -> str:
 def _text_of_line(path: Path, number: int, line: str, cfg: DataConfig) -> str:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also numbers too long for Python, lists too deep
         what = f"one whole JSON object a line (line {number} is not)"
         raise bad_value("data.path", str(path), what) from error
     text = row.get(cfg.text_field) if isinstance(row, dict) else None
     if not isinstance(text, str):
         what = f"the name of a text field that every line has (line {number} of {path.name} has not)"
         raise bad_value("data.text_field", cfg.text_field, what)
+    if SURROGATE.search(text):
+        what = f"text in Unicode (line {number} has half of a surrogate pair, as in a character cut in two)"
+        raise bad_value("data.path", str(path), what)
     return text
 
 
@@ -221,15 +227,16 @@ def _texts_of_parquet(path: Path, cfg: DataConfig) -> Iterator[str]:
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
-    except (OSError, pyarrow.ArrowException) as error:
+        names = file.schema_arrow.names
+        if cfg.text_field not in names:
+            raise bad_value("data.text_field", cfg.text_field, names)
+        for batch in file.iter_batches(columns=[cfg.text_field]):
+            for text in batch.column(0).to_pylist():
+                if text is not None and not isinstance(text, str):
+                    raise bad_value("data.text_field", cfg.text_field, "the name of a column of text")
+                yield text or ""
+    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
         raise bad_value("data.path", str(path), "a whole .parquet file (this one cannot be read)") from error
-    if cfg.text_field not in file.schema_arrow.names:
-        raise bad_value("data.text_field", cfg.text_field, file.schema_arrow.names)
-    for batch in file.iter_batches(columns=[cfg.text_field]):
-        for text in batch.column(0).to_pylist():
-            if text is not None and not isinstance(text, str):
-                raise bad_value("data.text_field", cfg.text_field, "the name of a column of text")
-            yield text or ""
 
 
 def _read_hub(cfg: DataConfig) -> list[tuple[str, str, str]]:

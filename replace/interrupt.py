@@ -59,7 +59,7 @@ class Hold:
 _holds: list[Hold] = []
 
 
-def code_of(interrupt: KeyboardInterrupt) -> int:
+def code_of(interrupt: BaseException | None) -> int:
     """The exit code for an interrupt, whoever raised it."""
     return interrupt.code if isinstance(interrupt, Stopped) else CODE
 

@@ -92,7 +92,8 @@ def end_provenance(run_dir: Path, began: float) -> None:
         began: `time.perf_counter()` at its start.
     """
     about = json.loads((run_dir / FILE).read_text(encoding="utf-8"))
-    _write(run_dir / FILE, about | {"ended": _now(), "wall_seconds": round(time.perf_counter() - began, 1)})
+    took = round(time.perf_counter() - began, 1)
+    _write(run_dir / FILE, about | {"ended": _now(), "wall_seconds": took})
 
 
 def for_export(run_dir: Path) -> dict[str, Any]:
@@ -103,7 +104,7 @@ def for_export(run_dir: Path) -> dict[str, Any]:
 
 
 def differing(before: dict, after: dict) -> list[str]:
-    """How two environments differ, as `torch 2.11.0, now 2.12.0`; nothing for what is not recorded in both."""
+    """How two environments differ, as `torch 2.11.0, now 2.12.0`; only what both record is compared."""
     found = []
     for name in COMPARED:
         if name not in before or name not in after:

@@ -7,6 +7,7 @@ import pickle
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -250,6 +251,15 @@ def test_an_interruption_before_anything_was_measured_loses_nothing(tmp_path, ca
     monkeypatch.setattr("eval.__main__.load_model", interrupted)
     assert main(["model=tiny", f"data={tmp_path / 'texts'}", f"out={tmp_path / 'out'}", *SMALL]) == 130
     assert "nothing is lost" in capsys.readouterr().err
+
+
+def test_sigterm_keeps_what_was_measured_and_has_its_own_code(tmp_path, capsys, monkeypatch):
+    write_texts(tmp_path / "texts")
+    monkeypatch.setattr(measure_module, "probe", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    options = ["model=tiny", f"data={tmp_path / 'texts'}", f"out={tmp_path / 'out'}", *SMALL]
+    assert main(options) == 143
+    assert str(tmp_path / "out") in sentence(capsys)
+    assert read_metrics(tmp_path / "out")["phases"]["model"]["perplexity"]
 
 
 def test_what_is_asked_beyond_the_quick_set_is_measured_of_the_teacher_too(finished, capsys, monkeypatch):

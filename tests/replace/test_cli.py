@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import types
@@ -237,6 +238,12 @@ BAD = [
     ),
     (["resume=nowhere", "--multirun"], "argument", "--multirun", "resume="),
 ]
+
+
+def test_the_table_is_long() -> None:
+    print(f"{len(BAD)} bad invocations")
+    assert len(BAD) >= 140
+    assert len({" ".join(row[0]) for row in BAD}) == len(BAD)
 
 
 @pytest.mark.parametrize(
@@ -540,6 +547,31 @@ def test_a_disk_that_fails_is_a_sentence(
     stand_in(monkeypatch, fails)
     assert main(TINY) == 2
     assert "No space left on device" in capsys.readouterr().err
+
+
+def test_a_disk_that_fills_up_says_how_the_run_is_continued(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(config: Config, folder: Path) -> None:
+        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+        raise OSError(28, "No space left on device", str(folder / "model"))
+
+    stand_in(monkeypatch, fails)
+    assert main([*TINY, "hydra.run.dir=run"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"No space left on device; `python -m replace resume={Path.cwd() / 'run'}` continues.\n" in said
+
+
+def test_sigterm_is_one_sentence_with_its_own_code(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(config: Config, folder: Path) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    stand_in(monkeypatch, stopped)
+    assert main(TINY) == 143
+    assert capsys.readouterr().err == "error: interrupted before the run began.\n"
 
 
 def test_the_module_runs_from_any_folder(tmp_path: Path) -> None:

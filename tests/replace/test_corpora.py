@@ -114,6 +114,33 @@ def test_files_of_every_kind(tmp_path):
     assert sum(document.split == "test" for document in documents) == 2
 
 
+def test_a_line_of_json_may_hold_what_ends_a_line_elsewhere(tmp_path):
+    text = "one\u2028two\x85three\x0cfour"
+    (tmp_path / "a.jsonl").write_text(
+        json.dumps({"text": text}, ensure_ascii=False) + "\r\n", encoding="utf-8"
+    )
+    assert "".join(document.text for document in load_documents(files(tmp_path / "a.jsonl"))) == text
+
+
+def test_a_parquet_file_that_is_damaged_inside_is_one_sentence(tmp_path):
+    """Its footer is whole, its pages are not."""
+    import pyarrow
+    import pyarrow.parquet
+
+    path, said = tmp_path / "a.parquet", []
+    table = pyarrow.table({"text": [SENTENCE * 20 + str(number) for number in range(50)]})
+    pyarrow.parquet.write_table(table, path, use_dictionary=False)
+    data = path.read_bytes()
+    for start in range(4, len(data) // 2, 97):
+        path.write_bytes(data[:start] + b"\xff" * 40 + data[start + 40 :])
+        try:
+            load_documents(files(path))
+        except UserError as error:
+            said.append(str(error))
+    assert said
+    assert all("whole .parquet" in sentence for sentence in said)
+
+
 def test_one_file_is_split_by_position_and_says_so(own_cache, tmp_path):
     (tmp_path / "book.txt").write_text("".join(f"Sentence number {i} is here. " for i in range(1000)))
     documents = load_documents(files(tmp_path / "book.txt"))
@@ -131,6 +158,9 @@ def test_one_file_is_split_by_position_and_says_so(own_cache, tmp_path):
         ("a.txt", b"caf\xe9 au lait", "UTF-8"),
         ("a.jsonl", b'{"text": "whole"}\n{"text": "ha', "line 2"),
         ("a.jsonl", b'{"body": "whole"}\n', "data.text_field='text'"),
+        ("a.jsonl", b'{"text": "whole"}\n' + b"[" * 100_000, "line 2"),
+        ("a.jsonl", b"9" * 5_000, "line 1"),
+        ("a.jsonl", b'{"text": "half \\ud83d"}', "line 1 has half of a surrogate pair"),
         ("a.parquet", b"PAR1 no more", "whole .parquet"),
         ("a.csv", b"a,b", "ends in one of .txt, .jsonl, .parquet"),
     ],
