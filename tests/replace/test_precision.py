@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from replace.config import ModelConfig
+from replace.config import AttentionConfig, ModelConfig
+from replace.convert import SwapSpec, restore, swap, teacher_attention
 from replace.loading import load_model
 from replace.precision import autocast, cast_once
 
@@ -50,3 +51,18 @@ def test_fp32_changes_nothing():
     model = load_model(ModelConfig(kind="tiny")).model.requires_grad_(False)
     with cast_once(model, "fp32"):
         assert all(weight.dtype == torch.float32 for weight in model.parameters())
+
+
+def test_the_kept_originals_are_not_rounded_by_half_precision():
+    """`cast_once` shows the student's frozen weights in bf16; the teacher's own stay as they are."""
+    model = load_model(ModelConfig(kind="tiny")).model.eval()
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    ids = torch.arange(3, 43).unsqueeze(0)
+    with torch.no_grad(), autocast("bf16", model.device):
+        want = model(ids).logits
+    swap(model, SwapSpec({1: AttentionConfig()}), keep_originals=True)
+    model.requires_grad_(False)
+    with cast_once(model, "bf16"), autocast("bf16", model.device), torch.no_grad(), teacher_attention(model):
+        assert torch.equal(model(ids).logits, want)
+    restore(model)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
