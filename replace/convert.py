@@ -209,7 +209,7 @@ def restore(model: PreTrainedModel) -> None:
 def _beside(module: nn.Module, original: nn.Module) -> nn.Module:
     """The kept original, which does not move with the model, on the replaced layer's device and dtype."""
     here, there = next(module.parameters()), next(original.parameters())
-    # Within autocast the module may show its weights rounded (`cast_once`), and a rounded original would be lost.
+    # Within autocast the module may show its weights rounded (`cast_once`); the original must not become so.
     dtype = there.dtype if torch.is_autocast_enabled(here.device.type) else here.dtype
     if (here.device, dtype) != (there.device, there.dtype):
         original.to(here.device, dtype)

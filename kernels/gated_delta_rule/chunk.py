@@ -203,7 +203,8 @@ def write_gated_delta(
         clamp: the largest magnitude an entry of a block's change beside decay may have; beyond it the change
             is scaled down. A part of a step is a step, so what holds for those holds for it.
     """
-    k, v, beta, log_decay, written = sound(*(wide(x) for x in (k, v, beta, log_decay)), mask)
+    k, v, beta, log_decay = (wide(x) for x in (k, v, beta, log_decay))
+    k, v, beta, log_decay, written = sound(k, v, beta, log_decay, mask)
     initial, parts = wide(initial), transform(k, v, scaled_step(k, beta), log_decay)
     states = initial.unsqueeze(2)
     clamped = written.new_zeros(written.shape[:3])

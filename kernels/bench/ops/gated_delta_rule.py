@@ -34,8 +34,8 @@ class GatedDeltaRule(Op):
 
     def ours(self, given: Given, backend: str) -> Outputs:
         """out and S."""
-        options: dict[str, Any] = {"scaled": False, "backend": backend}
-        return kernels.gated_delta_rule(**given, **options)
+        everything: dict[str, Any] = given | {"scaled": False, "backend": backend}
+        return kernels.gated_delta_rule(**everything)
 
     def ours_step(self, given: Given, backend: str) -> Outputs:
         """out and S."""

@@ -29,8 +29,8 @@ class InfiniMemory(Op):
 
     def ours(self, given: Given, backend: str) -> Outputs:
         """out, M, z, n and the counters."""
-        options: dict[str, Any] = {"block": BLOCK, "lookback": LOOKBACK, "backend": backend}
-        out, state, counters = kernels.infini_memory(**given, **options)
+        everything: dict[str, Any] = given | {"block": BLOCK, "lookback": LOOKBACK, "backend": backend}
+        out, state, counters = kernels.infini_memory(**everything)
         return (out, *state, *counters)
 
     def ours_step(self, given: Given, backend: str) -> Outputs:
