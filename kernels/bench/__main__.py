@@ -67,7 +67,8 @@ def _bench(options: argparse.Namespace) -> int:
     folder = options.out or Path("outputs") / "bench" / time.strftime("%Y-%m-%d_%H-%M-%S")
     folder.mkdir(parents=True, exist_ok=True)  # before minutes of measuring
     path = folder / f"{file_name(device)}.csv"
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    logging.getLogger("kernels.bench").setLevel(logging.INFO)
     rows = bench(size_for(device, options.quick), ops_for(device), device, path)
     wrong = [row for row in rows if row["correct"] == "False"]
     sys.stdout.write(f"{path}\n")

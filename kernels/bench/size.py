@@ -43,7 +43,7 @@ def _powers(first: int, last: int) -> tuple[int, ...]:
 
 CPU = Size(
     lengths=_powers(10, 15), tokens=2**15, widths=(64,), hidden=256, longest=2**14, contexts=_powers(10, 16),
-    steps=200, rounds=7, seconds=240, dtype=torch.float32, copy=2**28, matmul=2048,
+    steps=200, rounds=7, seconds=200, dtype=torch.float32, copy=2**28, matmul=2048,
 )  # fmt: skip
 GPU = Size(
     lengths=_powers(10, 17), tokens=2**16, widths=(64, 128), hidden=2048, longest=2**17,

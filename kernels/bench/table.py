@@ -62,4 +62,5 @@ def _cell(row: Row | None) -> str:
     if not row["ms"]:
         return "wrong" if row["note"].startswith("wrong") else "failed"
     tokens = 1 if row["direction"] == DECODE else int(row["batch"]) * int(row["T"])
-    return f"{float(row['ms']) * 1000 / tokens:.3g}"
+    time = float(row["ms"]) * 1000 / tokens
+    return f"{time:.3g}" if time < 1000 else f"{time:,.0f}"
