@@ -5,6 +5,7 @@ Hydra judges; `explain` says in one sentence what was refused: the field, the va
 
 import dataclasses
 import json
+import logging
 import re
 import types
 import typing
@@ -23,6 +24,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from replace.config import Config
 from replace.errors import UserError, bad_value
+
+log = logging.getLogger(__name__)
 
 # Beside this package in a checkout and in an installed wheel alike. Not `import conf`: a folder `conf` in the
 # user's working directory would be found first.
@@ -81,17 +84,30 @@ def typed(config: DictConfig) -> Config:
     return result
 
 
+ALWAYS = ("model", "attention", "layers", "data", "stage", "budget", "eval", "stages", "seed")
+"""What every run's config.json has had from the first version on."""
+
+
 def load_config(run: Path, field: str) -> Config:
-    """The config of an earlier run from `<run>/config.json`; `field` is the key that named it."""
+    """The config of an earlier run from `<run>/config.json`; `field` is the key that named it.
+
+    A field that came later has its default, which is what runs did before there was the field.
+
+    Raises:
+        UserError: it is no run's, or of a later version.
+    """
     file = run / "config.json"
     if not file.is_file():
         raise bad_value(field, str(run), "the folder of a run, which holds a config.json")
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
         lacking = _lacking(Config, stored)
+        foreign = [name for name in ALWAYS if name in lacking]
+        words = f"{', '.join(lacking[:6])}{f' and {len(lacking) - 6} more' if len(lacking) > 6 else ''}"
+        if foreign:
+            raise bad_value(field, str(run), f"the folder of a run; its {file.name} lacks {words}")
         if lacking:
-            words = f"{', '.join(lacking[:6])}{f' and {len(lacking) - 6} more' if len(lacking) > 6 else ''}"
-            raise bad_value(field, str(run), f"a run of this version; its {file.name} lacks {words}")
+            log.warning("%s is of an older version; what it lacks has its default: %s", file, words)
         merged = OmegaConf.merge(OmegaConf.structured(Config), stored)
         return typed(merged)  # type: ignore[arg-type]  # a DictConfig
     except (OSError, ValueError, OmegaConfBaseException) as error:

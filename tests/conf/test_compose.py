@@ -124,11 +124,20 @@ def test_a_config_that_is_none_is_refused(tmp_path: Path, content: str) -> None:
         load_config(tmp_path, "resume")
 
 
-def test_a_config_of_an_older_version_says_what_it_lacks(tmp_path: Path) -> None:
-    stored = dataclasses.asdict(compose(["+exp=infini"]))
-    del stored["seed"], stored["attention"]["pairs"], stored["budget"]["eval"]["episodes"]
+def test_a_config_of_an_older_version_is_read_with_defaults(tmp_path: Path, caplog) -> None:
+    stored = dataclasses.asdict(compose(["+exp=infini", "seed=3"]))
+    del stored["attention"]["pairs"], stored["budget"]["eval"]["episodes"], stored["lora"]
     (tmp_path / "config.json").write_text(json.dumps(stored))
-    with pytest.raises(UserError, match=r"lacks attention\.pairs, budget\.eval\.episodes, seed\."):
+    config = load_config(tmp_path, "resume")
+    assert (config.seed, config.lora.kind, config.attention.pairs) == (3, "none", 64)
+    assert "lacks has its default: attention.pairs, budget.eval.episodes, lora" in caplog.text
+
+
+def test_a_config_that_is_no_run_s_says_what_it_lacks(tmp_path: Path) -> None:
+    stored = dataclasses.asdict(compose(["+exp=infini"]))
+    del stored["seed"]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(UserError, match=r"resume=.* the folder of a run; its config.json lacks seed\."):
         load_config(tmp_path, "resume")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"resume=.* lacks model, attention, .* and \d+ more\."):
