@@ -25,9 +25,9 @@ forward, and with backward; each with its best PIECE): 16 took 48.7 and 170, 32 
 128 60.6 and 173. Of 32 and 64, which are alike, the one with half as many steps in Python.
 """
 
-PIECE = 32
+PIECE = 64
 """Chunks times rows times key-value heads whose transforms are computed at once: 16 took 47.0 and 146 (as
-above), 32 43.4 and 137, 64 42.8 and 140."""
+above), 32 43.4 and 137, 64 42.8 and 140; the larger of what is alike has fewer steps in Python."""
 
 # The step is b = beta / (|k|^2 (1 + RELATIVE) + ABSOLUTE), which has the transition I - b k k^T of unit-norm
 # keys and leaves |k| where it belongs, in what is read. It cannot explode, because beta <= 1 and
@@ -138,14 +138,14 @@ def gated_delta_rule(
         parts = transform(keys, values, share, decay)
         opened = None if chunks is None else _opened(initial, chunks, place)
         before, last, errors, _ = recur(keys, parts, state, None, opened)
-        state = last[-1]
+        state = last[-1].view_as(state)
         outs.append(_read(rows, keys, before, errors, parts))
         after += last
     out = torch.cat(outs, 2).flatten(2, 3).transpose(1, 2)
     if chunks is None or cu_seqlens is None:
         return out[:, :length], state
     out = out[:, token_slots(cu_seqlens, chunks, length, size)]
-    return out, torch.cat(after)[chunks.offsets[1:] - 1]  # B is 1, so what is concatenated are chunks
+    return out, torch.stack(after)[chunks.offsets[1:] - 1]  # `[G, F, D]` each, since B is 1
 
 
 def _cut(x: Tensor, size: int) -> Tensor:
@@ -210,7 +210,7 @@ def write_gated_delta(
     clamped = written.new_zeros(written.shape[:3])
     if k.shape[2]:
         _, after, _, clamped = recur(k, parts, initial, clamp)
-        states = torch.stack([initial, *after], 2)
+        states = torch.stack([initial.flatten(0, 1), *after], 1).unflatten(0, k.shape[:2])
     return Written(states, written, clamped)
 
 
@@ -265,7 +265,7 @@ def recur(
         opened: `[N]` bool, which chunks begin a sequence, and `[N, G, D, Dv]`, the states those begin with.
 
     Returns:
-        the states before each chunk `[B, G, N, D, Dv]` and after each, a list of N `[B, G, D, Dv]`,
+        the states before each chunk `[B, G, N, D, Dv]` and after each, a list of N `[B G, D, Dv]`,
         u `[B, G, N, S, Dv]`, and `[B, G, N]` bool, which changes were beyond `clamp` and so limited.
     """
     lead = k.shape[:2]
@@ -288,7 +288,7 @@ def recur(
             change = change * (clamp / largest.clamp_min(clamp))[..., None, None]
             clamped.append(largest > clamp)
             state = share * state + change
-        after.append(state.unflatten(0, lead))
+        after.append(state)
         errors.append(error)
     if not clamped:
         clamped = list(k.new_zeros(k.shape[2], lead.numel(), dtype=torch.bool))
