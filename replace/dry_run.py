@@ -107,12 +107,10 @@ def make_plan(config: Config, facts: ModelFacts) -> Plan:
 def choice_passes(config: Config, facts: ModelFacts) -> float:
     """Token-passes of a choice of layers; 0 where nothing is measured for one."""
     layers, budget = config.layers, config.budget.choice
-    if layers.select not in MEASURED or layers.ranking is not None:
-        return 0.0
     many, transfers = measurements(layers, facts.layers)
     projections = 2 * facts.hidden * facts.head_dim * (facts.heads + facts.kv_heads)
     local = facts.layers * (projections + added_parameters(config.attention, config.attention.name, facts))
-    looked = EPISODES * LENGTH if layers.select == "retrieval" else 0
+    looked = EPISODES * LENGTH if layers.select == "retrieval" and layers.ranking is None else 0
     trained = transfers * budget.tokens * (1 + 3 * local / facts.parameters)
     return looked + many * (budget.rows + budget.episodes) * budget.length + trained
 

@@ -20,7 +20,7 @@ from replace.config import (
 )
 from replace.errors import UserError, bad_value
 from replace.families import NOT_CAPTURED
-from replace.ranking import MEASURED, SEARCHES, check_k, check_ranking, read_ranking
+from replace.ranking import MEASURED, SEARCHES, check_k, check_ranking, measurements, read_ranking
 from replace.secrets import blot
 
 if TYPE_CHECKING:
@@ -130,6 +130,7 @@ def validate_swap(config: Config) -> "ModelFacts":
     _check_names(config)
     facts = _facts(config.model)
     _check_fit(config, facts)
+    _check_ranking(config, facts)
     if config.layers.select == "auto" and config.layers.ranking is None:
         raise bad_value(
             "layers", "auto", "layers.ranking=<run folder> beside it, since nothing is trained here"
@@ -514,17 +515,19 @@ def _check_layers(layers: LayersConfig, count: int) -> None:
     _require(weight >= 0, "layers.recall_weight", weight, "0 (by the KL alone) or more")
 
 
+def _check_ranking(config: Config, facts: "ModelFacts") -> None:
+    """The ranking that is named is one, and fits; a run that began has its own copy."""
+    layers = config.layers
+    if layers.select in MEASURED and layers.ranking is not None and config.resume is None:
+        _require(bool(layers.ranking.strip()), "layers.ranking", layers.ranking, "a file, or a run's folder")
+        check_ranking(read_ranking(Path(layers.ranking).expanduser()), layers, facts.layers)
+
+
 def _check_choice(config: Config, facts: "ModelFacts") -> None:
     """The ranking that is named fits; or what is measured for one is possible."""
     layers, budget = config.layers, config.budget.choice
-    if layers.select not in MEASURED:
-        return
-    if layers.ranking is not None:
-        _require(bool(layers.ranking.strip()), "layers.ranking", layers.ranking, "a file, or a run's folder")
-        if config.resume is None:  # a run that began has its own copy
-            check_ranking(read_ranking(Path(layers.ranking).expanduser()), layers, facts.layers)
-        return
-    if layers.select == "retrieval" and not layers.compare:
+    _check_ranking(config, facts)
+    if not any(measurements(layers, facts.layers)):
         return
     exact = config.attention.block + config.attention.window
     for name in ("batch", "rows", "episodes"):

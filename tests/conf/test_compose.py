@@ -105,6 +105,7 @@ def test_from_and_exp_are_understood() -> None:
         (["layers=first", "layers.k=2"], [0, 1]),
         (["layers=last", "layers.k=2"], [28, 29]),
         (["layers=retrieval"], None),
+        (["layers=auto"], None),
     ],
 )
 def test_layers_are_selected(overrides: list[str], indices: list[int] | None) -> None:

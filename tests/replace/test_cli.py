@@ -24,6 +24,7 @@ from replace.loading import check_model
 
 TINY = ["+exp=infini", "budget=smoke", "model=tiny", "layers=all"]
 
+AUTO = [*TINY, "layers=auto", "layers.k=2"]
 NO_WINDOW = ["attention.local=none", "attention.window=0"]
 NO_RECALL = ["data.recall=0", "data.recall_transfer=0", "budget.eval.phase_lengths=[5000]"]
 NO_RECALL += ["budget.eval.final_lengths=[5000]"]
@@ -133,6 +134,21 @@ BAD = [
     ([*TINY, "layers=list", "layers.indices=[4]"], "layers.indices", "4", "0 to 3"),
     ([*TINY, "layers=list", "layers.indices=[1,1]"], "layers.indices", "[1, 1]", "each layer once"),
     ([*TINY, "layers=first"], "layers.k", "5", "1 to 4"),
+    ([*TINY, "layers=auto"], "layers.k", "8", "1 to 3, fewer than the model's 4 layers"),
+    ([*TINY, "layers=auto", "layers.k=4"], "layers.k", "4", "layers=all takes them all"),
+    ([*AUTO, "layers.k=0"], "layers.k", "0", "1 to 3"),
+    ([*AUTO, "layers.rest=sliding_window"], "layers.rest", "sliding_window", "keep, since layers=auto"),
+    ([*AUTO, "layers.search=best"], "layers.search", "best", "one of independent, greedy"),
+    ([*AUTO, "layers.recall_weight=-1"], "layers.recall_weight", "-1.0", "0 (by the KL alone) or more"),
+    ([*AUTO, "layers.ranking=nowhere"], "layers.ranking", "nowhere", "the folder of a run with layers=auto"),
+    ([*AUTO, "layers.ranking="], "layers.ranking", "", "a run's folder"),
+    ([*AUTO, "budget.choice.rows=0"], "budget.choice.rows", "0", "at least 1"),
+    ([*AUTO, "budget.choice.length=100"], "budget.choice.length", "100", "192 (128 + attention.window"),
+    ([*AUTO, "budget.choice.length=5000"], "budget.choice.length", "5000", "to 4096, the model's positions"),
+    ([*AUTO, "budget.choice.tokens=10"], "budget.choice.tokens", "10", "at least 320, one step"),
+    ([*TINY, "layers.search=greedy"], "layers.search", "greedy", "needs layers=auto"),
+    ([*TINY, "layers.compare=true"], "layers.compare", "True", "needs layers=auto or layers=retrieval"),
+    ([*TINY, "layers=retrieval", "layers.search=greedy"], "layers.search", "greedy", "needs layers=auto"),
     ([*TINY, "layers.rest=nothing"], "layers.rest", "nothing", "keep"),
     ([*TINY, "layers.select=some"], "layers.select", "some", "retrieval"),
     ([*TINY, "stages=[1,4]"], "stages", "[1, 4]", "1, 2 and 3"),
@@ -267,6 +283,8 @@ def test_a_mistake_is_one_sentence(
         ["attention.local=segment", "attention.window=0"],
         ["layers=retrieval", "layers.rest=keep", "attention.pairs_score=self_recall"],
         ["budget.eval.speed_lengths=[65536]"],
+        ["budget.choice.length=100"],
+        ["layers=auto", "layers.k=3", "budget.choice.tokens=0"],
         ["attention.scale=0.5", "eval=recall"],
         ["attention.feature_map=taylor"],
         [*BY_WEIGHTS, "attention.feature_map=t2r"],
@@ -377,6 +395,16 @@ def test_a_dry_run_tells_and_writes_nothing(capsys: pytest.CaptureFixture[str]) 
     for word in ("infini", "sliding_window", "stage 1", "stage 3", "minutes", "memory", "disk", "estimates"):
         assert word in said
     assert not list(Path().iterdir())
+
+
+def test_a_dry_run_tells_what_a_choice_of_layers_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["+exp=infini", "layers=auto", "layers.k=8", "layers.search=greedy", "dry_run=true"]) == 0
+    said = capsys.readouterr().out
+    assert "8 get infini (measured first: those that cost least)" in said
+    # 30 + 29 + ... + 23 layers and 5 sets, of 4 rows and 4 needles of 512 tokens
+    assert "217 measurements of 4,096 tokens of dev text and a transfer of 8,192 tokens, about " in said
+    assert main(["+exp=infini", "layers=all", "dry_run=true"]) == 0
+    assert "  choice  " not in capsys.readouterr().out
 
 
 # Folders, resuming and reusing

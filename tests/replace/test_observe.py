@@ -10,7 +10,6 @@ from replace.config import ModelConfig
 from replace.convert import attention_layers
 from replace.loading import load_model
 from replace.observe import Attending, later_attention, observe
-from replace.retrieval import retrieval_layers
 from replace.tiny import tiny_model
 
 CHUNK = 6
@@ -107,10 +106,3 @@ def test_observing_changes_no_logit_and_leaves_nothing_behind(family):
         assert attending.softcap == getattr(module, "attn_logit_softcapping", None)
     assert all(module.config is config for module, config in zip(layers, configs, strict=True))
     assert not any(hasattr(module, "layer_replace_observer") for module in layers)
-
-
-def test_retrieval_layers_are_the_best_in_order_and_at_most_all():
-    scores = {0: 0.1, 1: 0.9, 2: 0.9, 3: 0.5}
-    assert retrieval_layers(scores, 2) == [1, 2]
-    assert retrieval_layers(scores, 3) == [1, 2, 3]
-    assert retrieval_layers(scores, 10) == [0, 1, 2, 3]

@@ -115,6 +115,14 @@ def test_a_sound_variant_of_ones_own_passes(
         (["model=tiny", "attention=softmax"], "attention='softmax' is not possible; allowed: one of "),
         (["model=tiny", "attention.block=0"], "attention.block=0 is not possible"),
         (["model=tiny", "layers=list", "layers.indices=[4]"], "layers.indices=4 is not possible"),
+        (
+            ["model=tiny", "layers=auto", "layers.k=2"],
+            "layers='auto' is not possible; allowed: layers.ranking=",
+        ),
+        (
+            ["model=tiny", "layers=auto", "layers.k=2", "layers.ranking=x"],
+            "layers.ranking='x' is not possible",
+        ),
         (["model=tiny", "quick=perhaps"], "quick='perhaps' is not possible; allowed: true or false"),
         (["model=tiny", "--fast"], "argument='--fast' is not possible"),
         (["model=tiny", "model.family=bloom"], "model.family='bloom' is not possible"),
@@ -214,3 +222,19 @@ def test_the_texts_fill_memory_and_pairs() -> None:
         options = AttentionConfig(block=block, window=window, sinks=sinks, pairs=pairs)
         left = ((length_for([options]) - 1) // block - window // block) * block
         assert left >= max(2 * block, sinks + pairs + 1)
+
+
+def test_layers_are_taken_from_a_ranking(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"layer": index} for index in range(4)]
+    ranking = {"version": 1, "select": "auto", "orders": {"independent": [2, 0, 3, 1]}, "layers": rows}
+    (tmp_path / "ranking.json").write_text(json.dumps(ranking))
+    overrides = [
+        "model=tiny",
+        "attention=sliding_window",
+        "quick=true",
+        "json=true",
+        "layers=auto",
+        "layers.k=1",
+    ]
+    assert main([*overrides, f"layers.ranking={tmp_path}"]) == 0
+    assert json.loads(capsys.readouterr().out)["title"] == "sliding_window in 1 of 4 layers of tiny"
