@@ -1,6 +1,7 @@
 """Which layers to replace: planted layers, what is read, what is left alone, and rankings that are reused."""
 
 import dataclasses
+import itertools
 import json
 import math
 import random
@@ -28,7 +29,21 @@ AUTO = [*SMALL, "layers=auto", "layers.k=2", "budget.choice.rows=2"]
 
 
 def document(split: str, seed: int) -> Document:
-    words = ["the", "a", "king", "road", "house", "rain", "bread", "with", "under", "said", "went", "long", "cold", "night", "he", "she", "it"]
+    words = [
+        "the",
+        "king",
+        "road",
+        "house",
+        "rain",
+        "bread",
+        "with",
+        "under",
+        "said",
+        "went",
+        "cold",
+        "she",
+        "it",
+    ]
     rng = random.Random(seed)
     lines = (" ".join(rng.choices(words, k=9)).capitalize() + "." for _ in range(150))
     return Document(f"{split} {seed}", " ".join(lines), "own", split)
@@ -283,7 +298,7 @@ def test_a_ranking_gives_its_best_layers():
     check_ranking(RANKING, layers, 4)
     assert taken(RANKING, layers) == [0, 1, 3]
     assert taken(RANKING, dataclasses.replace(layers, k=2, search="greedy")) == [1, 3]
-    with pytest.raises(UserError, match="layers.k=4 .*1 to 3, fewer than"):
+    with pytest.raises(UserError, match=r"layers\.k=4 .*1 to 3, fewer than"):
         taken(RANKING, dataclasses.replace(layers, k=4))
     best = {"select": "retrieval", "orders": {"retrieval": [2, 0, 1]}, "layers": RANKING["layers"][:3]}
     assert taken(best, LayersConfig("retrieval", k=9)) == [0, 1, 2]
@@ -296,7 +311,7 @@ def test_a_ranking_gives_its_best_layers():
 )  # fmt: skip
 def test_a_file_that_is_no_ranking_is_refused(content, tmp_path):
     (tmp_path / FILE).write_text(content)
-    with pytest.raises(UserError, match="layers.ranking=.*allowed: a ranking.json"):
+    with pytest.raises(UserError, match=r"layers\.ranking=.*allowed: a ranking\.json"):
         read_ranking(tmp_path)
 
 
@@ -310,7 +325,7 @@ def shown(ranking: dict, config: Config) -> str:
     (section,) = written(phases, {"choice.png": None})
     assert section.startswith("## Choice of layers\n")
     lines = section.splitlines()
-    widths = [(a.count("|"), b.count("|")) for a, b in zip(lines, lines[1:], strict=False)]
+    widths = [(a.count("|"), b.count("|")) for a, b in itertools.pairwise(lines)]
     assert all(a == b for a, b in widths if a and b)
     return section
 

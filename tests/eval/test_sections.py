@@ -73,6 +73,23 @@ def cost(limit: bool) -> dict:
     return {"rows": [row(length) for length in (1024, 16384)], "piece": 1024}
 
 
+CHOICE = {
+    "version": 1, "select": "auto", "k": 1, "attention": "infini", "taken": [1], "teacher": {"recall": 0.9},
+    "orders": {"independent": [1, 0]}, "seconds": {"foreseen": 120.0, "spent": 150.0},
+    "layers": [
+        {"layer": 0, "cost": 0.5, "kl": 0.4, "kl_error": 0.02, "recall": 0.8},
+        {"layer": 1, "cost": 0.1, "kl": 0.1, "kl_error": None, "recall": 1.0},
+    ],
+    "sets": [
+        {"name": "independent", "layers": [1], "kl": 0.1, "kl_error": None, "recall": 1.0},
+        {"name": "uniform", "layers": [0], "kl": 0.4, "kl_error": 0.02, "recall": 0.8},
+    ],
+    "protocol": {
+        "text": "dev", "rows": 4, "episodes": 4, "length": 512, "transfer_tokens": 8192, "recall_weight": 1.0,
+    },
+}  # fmt: skip
+
+
 @pytest.fixture
 def measured(run) -> dict:
     student, teacher = run["phases"]["stage3"], run["phases"]["teacher"]
@@ -84,6 +101,7 @@ def measured(run) -> dict:
     teacher["streaming"] = {"book": "The Voyage Out", "tokens": 9, "ppl": None, "why": "it grows"}
     student["niah_grid"], teacher["niah_grid"] = grid(0), grid(30)
     student["passkey_long"], teacher["passkey_long"] = keys(off=True), keys(off=False)
+    teacher["choice"] = CHOICE
     student["cost"], teacher["cost"] = cost(limit=False), cost(limit=True)
     return run
 
@@ -106,6 +124,11 @@ def test_every_section_is_written_and_drawn(measured, tmp_path):
 
 def test_the_words_follow_the_figures(measured):
     by_title = {text.splitlines()[0]: text for text in written(measured["phases"], {})}
+    choice = by_title["## Choice of layers"]
+    assert "the 1 of 2 layers that cost least" in choice
+    assert "| 0 |  | 0.5 | 0.4 ± 0.02 | 0.80 |" in choice
+    assert "The smallest KL is that of the independent set." in choice
+    assert "It took 2.5 minutes, 2.0 foreseen" in choice
     streaming = by_title["## Streaming perplexity"]
     assert "0.970 [0.950, 0.990]" in streaming
     assert "not measured: it grows" in streaming
