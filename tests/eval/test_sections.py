@@ -103,6 +103,13 @@ def measured(run) -> dict:
     student["passkey_long"], teacher["passkey_long"] = keys(off=True), keys(off=False)
     teacher["choice"] = CHOICE
     student["cost"], teacher["cost"] = cost(limit=False), cost(limit=True)
+    student["tuning"] = {
+        "rank": 8, "backend": "peft", "why": "no GPU", "targets": ["q_proj"], "merge_difference": 1e-6,
+        "data": {"kind": "chat", "read": 90, "conversations": 100},
+        "held_out": {
+            "tokens": 900, "rows": 10, "before": 2.0, "after": 1.5, "difference": -0.5, "standard_error": 0.1,
+        },
+    }  # fmt: skip
     return run
 
 
