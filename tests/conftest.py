@@ -7,6 +7,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+# Two workers on two cores: each, and what it starts, has one. Read when torch is first imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from hypothesis import settings
