@@ -1,7 +1,7 @@
 """The pipeline with the fused operator and without: one layer, whole stages, and what may be asked for."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
 import torch
@@ -43,6 +43,15 @@ LINEAR = {
 }
 
 
+def each_by_reference(names: Iterable[str], fused: str) -> list:
+    """Each layer by the reference and by the fused form; interpreted, all but `fused` are slow."""
+    cases = [pytest.param("reference", name) for name in names]
+    for name in names:
+        marks = [pytest.mark.interpret, *([] if name == fused else [pytest.mark.slow])]
+        cases.append(pytest.param("triton", name, marks=marks))
+    return cases
+
+
 @pytest.fixture(autouse=True)
 def _nothing_forced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(dispatch, "_said", set())
@@ -67,6 +76,8 @@ def layer(
     q, k, v = (torch.randn(2, heads, length, 8) for heads in (4, 2, 2))
     hidden, real = torch.randn(2, length, 16), torch.rand(2, length) > 0.2
     k[0, 0, 3], real[0, 3] = torch.nan, True
+    if variant == "gated_delta":  # too large to be written, and in a block that leaves with a later piece
+        k[1, 1, 17], real[1, 17] = 3e15, True
     leaves = [x.requires_grad_() for x in (q, k, v)]
     slot, outs = ReplacedCacheLayer(), []
     for part in (slice(0, 14), slice(14, 20), slice(20, 23)):
@@ -121,8 +132,7 @@ def test_what_the_operator_does_not_know_goes_the_general_way(monkeypatch: pytes
     layer("auto", LAYERS["as measured"])
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize(("form", "name"), each_by_reference(LINEAR, "rotated, capped and gated"))
 def test_a_linear_layer_is_the_same_by_the_operator(
     form: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,8 +182,7 @@ GATED = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", GATED)
+@pytest.mark.parametrize(("form", "name"), each_by_reference(GATED, "rotated, with pairs"))
 def test_a_gated_delta_layer_is_the_same_by_the_operator(
     form: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,7 +194,7 @@ def test_a_gated_delta_layer_is_the_same_by_the_operator(
     assert set(used) == {form}
     assert len(used) > 3  # each piece, and a token that completes a block
     assert got.keys() == want.keys()
-    assert float(want["nonfinite"]) > 0
+    assert float(want["nonfinite"]) == 2
     for key, value in want.items():
         if value.numel():
             assert_close(key, got[key], value, tolerance(torch.float32))

@@ -68,8 +68,9 @@ CASES = {
     "packed_afresh": Case(45, 4, 8, sinks=4, heads=4, groups=2, packed=(0, 3, 45), clamp=0.7, spoiled=True),
     "dim_64": Case(33, 16, heads=1, keys=64, features=64, width=64, sinks=4),
     "dims_80_96": Case(20, 8, heads=1, keys=24, features=80, width=96),
-    "dims_128": Case(9, 8, heads=1, keys=128, features=128, width=128),
-    "dims_256": Case(5, 4, heads=1, keys=256, features=256, width=256, sinks=1),
+    "dims_128": Case(5, 4, heads=1, keys=128, features=16, width=128),
+    "width_256": Case(3, 2, heads=1, features=16, width=256),
+    "keys_256": Case(3, 2, heads=1, keys=256, features=16, width=64),
 }
 SMALL = ["window_of_one_block", "above_a_block", "blocks_that_fill_no_tile", "dims_80_96"]
 LEAVES = (
@@ -415,11 +416,13 @@ def test_no_size_of_piece_matters(piece: int, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(("device", "dtype"), FUSED)
-@pytest.mark.parametrize(("width", "segments", "block"), [(16, 2, 32), (32, 3, 70)])
+@pytest.mark.parametrize(
+    ("width", "segments", "block"), [(16, 2, 64), pytest.param(32, 3, 70, marks=pytest.mark.slow)]
+)
 def test_no_cut_of_the_fused_form_matters(
     width: int, segments: int, block: int, device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = Case(150, block, block, sinks=2, heads=1, keys=24, features=40, width=24, initial=True)
+    case = Case(140, block, block, sinks=2, heads=1, keys=20, features=20, width=20, initial=True)
     x = inputs(case, dtype, device)
     want = outcome(backend("reference"), wide(x), case)
     form = op._triton
@@ -460,7 +463,7 @@ def test_split_and_resumed_is_the_whole(name: str, device: str, dtype: torch.dty
 
 @pytest.mark.parametrize(("name", "device", "dtype"), FORMS)
 def test_one_token_at_a_time_is_the_whole(name: str, device: str, dtype: torch.dtype) -> None:
-    case = Case(8, 2, 2, sinks=1, heads=4, groups=2, keys=8, features=24, width=40, extra=True, masked=True)
+    case = Case(6, 2, 2, sinks=1, heads=2, groups=2, keys=8, features=24, width=40, extra=True, masked=True)
     x = inputs(case, dtype, device)
     assert x.answer is not None
     assert x.mass is not None
@@ -520,11 +523,11 @@ def test_the_future_changes_no_bit(name: str, device: str, dtype: torch.dtype) -
 def test_a_bad_token_is_seen_by_its_window_and_then_left_out(
     name: str, device: str, dtype: torch.dtype
 ) -> None:
-    x = inputs(Case(20, 4, 4, heads=4, groups=2, batch=2), dtype, device)
+    x = inputs(Case(16, 4, 4, heads=4, groups=2, batch=2), dtype, device)
     options = {"write_gate": x.write_gate, "block": 4, "window": 4, "backend": name}
     given = (x.q, x.k, x.v, x.phi_q, x.phi_k)
     want = window_linear_attention(*given, **options)
-    for spoil, where in ((torch.nan, "k"), (torch.inf, "v"), (torch.nan, "v")):
+    for spoil, where in ((torch.nan, "k"), (torch.inf, "v")):
         q, k, v, phi_q, phi_k = (y.clone() for y in given)
         {"k": k, "v": v}[where][1, 5, 0, 2] = spoil
         if where == "k":
@@ -537,7 +540,7 @@ def test_a_bad_token_is_seen_by_its_window_and_then_left_out(
         assert torch.equal(out[1, :5, :2], want[0][1, :5, :2])
         assert out[1, 12:].isfinite().all()
         assert state.M.isfinite().all()
-        mask = torch.ones(2, 20, dtype=torch.bool, device=device)
+        mask = torch.ones(2, 16, dtype=torch.bool, device=device)
         mask[1, 5] = False
         left = window_linear_attention(*given, mask=mask, **options)
         assert torch.equal(out[1, 12:, :2], left[0][1, 12:, :2])
