@@ -133,6 +133,15 @@ def test_the_model_and_the_random_numbers_are_left_as_they_were(loaded):
     assert figures(ranked(loaded)) == figures(first)
 
 
+def test_a_variant_s_random_start_depends_on_the_seed_alone(loaded):
+    drawn = []
+    for seed in (3, 3, 4):
+        torch.rand(len(drawn) + 1)
+        with selection._left_alone(loaded.model, seed):
+            drawn.append(torch.rand(3).tolist())
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
 def test_the_divergence_is_that_of_the_whole_logits(loaded):
     config = compose(AUTO)
     trial = Trial(loaded.model, loaded.tokenizer, TEXTS[:2], config)
@@ -232,8 +241,12 @@ def kept(loaded, monkeypatch, tmp_path):
     return choose
 
 
+class Killed(BaseException):
+    """Nothing may catch it."""
+
+
 def _never(*_: object) -> None:
-    raise KeyboardInterrupt
+    raise Killed
 
 
 def test_a_ranking_is_made_once(kept, monkeypatch, tmp_path):
@@ -241,7 +254,7 @@ def test_a_ranking_is_made_once(kept, monkeypatch, tmp_path):
     monkeypatch.setattr(
         Trial, "measure", lambda self, layers: measure(self, layers) if not layers else _never()
     )
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         kept("killed")
     assert not (tmp_path / "killed" / FILE).exists()
     monkeypatch.setattr(Trial, "measure", measure)
@@ -258,7 +271,7 @@ def test_a_ranking_is_made_once(kept, monkeypatch, tmp_path):
     assert kept("from", f"source={tmp_path}/killed")[1] == turned
     assert kept("another") == (layers, ranking)
     for option in ("seed=1", "attention.sinks=2", "budget.choice.rows=1", "layers.recall_weight=2"):
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Killed):
             kept("fresh", option)
 
 
@@ -380,11 +393,11 @@ def test_a_run_keeps_the_ranking_in_its_folder_and_report(loaded, tmp_path, monk
 
     def swap(model, spec, **_: object) -> None:
         seen["layers"] = list(spec.layers)
-        raise KeyboardInterrupt
+        raise Killed
 
     monkeypatch.setattr(pipeline, "swap", swap)
     monkeypatch.setattr(pipeline, "write_metrics", lambda _, metrics: seen.update(metrics))
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         pipeline.run(compose(AUTO), tmp_path)
     choice = seen["phases"]["teacher"]["choice"]
     assert choice["taken"] == seen["layers"] == taken(read_ranking(Path(tmp_path)), compose(AUTO).layers)
