@@ -270,7 +270,7 @@ class Trial:
     def measure(self, layers: Mapping[int, nn.Module]) -> Figures:
         """The figures of the model with these layers in place.
 
-        In fp32: what a single layer changes is of the size of bf16's rounding.
+        In fp32: bf16's rounding alone is 0.001 nats of the default teacher, more than its cheapest layers.
         """
         model, head = self.model, head_of(self.model)
         with in_place(model, layers):

@@ -5,15 +5,15 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from eval.plots import BLUE, GREY, NotMeasured, panels_of
+from eval.plots import BLUE, GREY, NotMeasured, panels_of, scale_of
 from eval.sections import SECTIONS, Section, table
 from eval.words import DASH
 
 RANKED_BY = {"auto": "cost", "retrieval": "share"}
 """The figure of a layer that decides."""
 LABELS = {
-    "auto": "cost of swapping the layer alone",
-    "retrieval": "share of a head's attention on the needle",
+    "auto": "cost of the layer alone",
+    "retrieval": "share of a head's attention\non the needle",
 }
 
 
@@ -110,10 +110,12 @@ def picture(phases: dict, names: list[str]) -> Figure:
     sets = [] if isinstance(ranking["sets"], dict) else [s for s in ranking["sets"] if s["kl"] is not None]
     figure, axes = panels_of(1, 2 if sets else 1, width=5.2, height=3.0)
     left = axes[0][0]
+    values = [row[key] for row in rows]
     colours = [BLUE if row["layer"] in ranking["taken"] else GREY for row in rows]
-    left.bar([row["layer"] for row in rows], [row[key] for row in rows], color=colours)
+    left.scatter([row["layer"] for row in rows], values, color=colours, s=22)
+    scale_of(left, values)
     left.set_xlabel("decoder layer (blue: taken)")
-    left.set_ylabel(LABELS[ranking["select"]].replace(" of ", "\nof ", 1))
+    left.set_ylabel(LABELS[ranking["select"]])
     if sets:
         _compare(axes[0][1], sets)
     return figure
@@ -122,13 +124,10 @@ def picture(phases: dict, names: list[str]) -> Figure:
 def _compare(axis: Axes, sets: list[dict[str, Any]]) -> None:
     """A bar a set, with its standard error."""
     for place, one in enumerate(sets):
-        chosen = one["name"] == "uniform" or one["name"].startswith("random")
-        axis.bar(place, one["kl"], yerr=one["kl_error"], capsize=3, color=GREY if chosen else BLUE)
-        words = f"needles {one['recall']:.2f}"
-        axis.annotate(
-            words, (place, one["kl"]), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=7
-        )
-    axis.set_xticks(range(len(sets)), [one["name"].replace(" ", "\n") for one in sets])
+        baseline = one["name"] == "uniform" or one["name"].startswith("random")
+        axis.bar(place, one["kl"], yerr=one["kl_error"], capsize=3, color=GREY if baseline else BLUE)
+    words = [f"{one['name']}\nneedles {one['recall']:.2f}" for one in sets]
+    axis.set_xticks(range(len(sets)), words, fontsize=7)
     axis.set_ylabel("KL to the teacher, nats a token")
     axis.set_title(f"sets of {len(sets[0]['layers'])} layers")
 
