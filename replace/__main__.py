@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
+from typing import NoReturn
 
 from replace.interrupt import Stopped, code_of, end_quietly, stoppable
 
@@ -20,6 +21,7 @@ if __name__ == "__main__":
     end_quietly()  # the imports below take a second
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
@@ -110,6 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: {sentence}", file=sys.stderr)
             report_refusal(sentence)
         return 2
+    except SystemExit as ended:  # --help and the like
+        return ended.code if isinstance(ended.code, int) else 0
     except KeyboardInterrupt as interrupt:
         # A run says where it stands; before there is one, nothing can be continued.
         said = interrupt.args[0] if interrupt.args else "interrupted before a run began."
@@ -126,11 +130,24 @@ def _run(arguments: list[str]) -> int:
     if not flags:
         _refuse_empty(arguments)
         return _run_one(arguments)
+    _check_flags(arguments)
     if any(argument.startswith("resume=") for argument in arguments):
         raise bad_value("argument", flags[0], "no flags beside resume=")
     if all(flag in MULTIRUN for flag in flags):
         return _launch(arguments, None, _checked_jobs([a for a in arguments if a not in MULTIRUN]))
     return _launch(arguments, None)
+
+
+def _check_flags(arguments: list[str]) -> None:
+    """Have Hydra read the flags, whose own refusal would be its usage in full."""
+
+    def refuse(message: str) -> NoReturn:
+        said = " ".join(message.split())
+        raise bad_value("argument", said, "key=value, or a flag as --hydra-help explains it")
+
+    parser = get_args_parser()
+    parser.error = refuse  # type: ignore[method-assign]
+    parser.parse_args(arguments)
 
 
 def _checked_jobs(overrides: list[str]) -> list[str]:

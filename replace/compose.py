@@ -182,11 +182,10 @@ def explain(error: Exception, overrides: Sequence[str]) -> UserError:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
         return bad_value(group or "config", option, error.options or choices(group))
-    schema = OmegaConf.structured(Config)
-    for override in parse(overrides):
-        found = _refused(override, schema)
-        if found is not None:
-            return found
+    try:
+        refuse_unknown(overrides)
+    except UserError as found:
+        return found
     key = re.search(r"full_key: (\S+)", f"{error}\n{error.__cause__}")
     if key is not None and not key[1].startswith("hydra"):  # in a file, such as a user's own experiment
         return UserError(f"{key[1]} is not possible ({_flat(error)}); allowed: {_allowed(key[1])}.")
@@ -220,10 +219,12 @@ def select(config: Config, key: str) -> object:
 def _refused(override: Override, schema: DictConfig) -> UserError | None:
     """The sentence for this override if it is at fault; `schema` is a config to try its values on."""
     key, written = override.key_or_group, override.input_line or ""
-    if key.startswith("hydra"):
-        return None
     if override.is_delete():
         return bad_value("argument", written, "key=value; nothing can be deleted")
+    if key.startswith("hydra"):
+        named = override.is_sweep_override() or isinstance(override.value(), str | list)
+        is_group = key == "hydra" or "/" in key  # of other values Hydra speaks in a traceback
+        return bad_value(key, override.value(), "the name of an option") if is_group and not named else None
     if override.value_type in (ValueType.GLOB_CHOICE_SWEEP, ValueType.INTERVAL_SWEEP):
         return bad_value(key, override.get_value_string(), "one value, or several with commas in a multirun")
     values = list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]

@@ -186,7 +186,7 @@ def accepted(base: Config, words: list[str]) -> Config | None:
 
 
 @settings(max_examples=300, suppress_health_check=SHARED)
-@given(words=overrides())
+@given(words=st.one_of(overrides(), overrides(fitting=True)))
 def test_a_configuration_is_refused_in_one_sentence_or_builds(base: Config, words: list[str]) -> None:
     config = accepted(base, words)
     if config is None:
@@ -270,7 +270,7 @@ CONTENTS = st.one_of(
 )
 
 
-@settings(max_examples=120, suppress_health_check=SHARED)
+@settings(max_examples=80, suppress_health_check=SHARED)
 @given(
     content=CONTENTS,
     ending=st.sampled_from([".txt", ".jsonl", ".parquet", ".csv"]),
@@ -338,6 +338,18 @@ ARGUMENTS = st.one_of(
 )
 
 
+EVALUATIONS = st.lists(
+    st.one_of(
+        SIGNS.filter(lambda text: text not in ("-h", "")),
+        st.builds("{}={}".format, st.sampled_from([*sorted(evaluation.WHAT), "out", "data", "eval"]), SIGNS),
+        st.builds("{}={}".format, st.sampled_from(["budget", "cache", "eval.limit", "eval.more"]), SIGNS),
+        st.sampled_from(["model=tiny", "eval=quick", "budget=smoke", "run=.", "compare=[]", "eval.=3"]),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
 def spoken(code: int, printed: str) -> None:
     """Exit code 0, or 2 and sentences, one a line."""
     assert code in (0, 2)
@@ -363,20 +375,7 @@ def test_a_command_line_is_run_or_refused(
 
 
 @settings(max_examples=60, suppress_health_check=SHARED)
-@given(
-    arguments=st.lists(
-        st.one_of(
-            SIGNS.filter(lambda text: text not in ("-h", "")),
-            st.builds(
-                "{}={}".format, st.sampled_from([*sorted(evaluation.WHAT), "out", "data", "eval"]), SIGNS
-            ),
-            st.builds("{}={}".format, st.sampled_from(["budget", "cache", "eval.limit", "eval.more"]), SIGNS),
-            st.sampled_from(["model=tiny", "eval=quick", "budget=smoke", "run=.", "compare=[]", "eval.=3"]),
-        ),
-        min_size=1,
-        max_size=4,
-    )
-)
+@given(arguments=EVALUATIONS)
 def test_an_evaluation_is_run_or_refused(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -385,6 +384,7 @@ def test_an_evaluation_is_run_or_refused(
 
     monkeypatch.setattr(evaluation, "load_model", asked)
     monkeypatch.setattr(evaluation, "load_documents", asked)
+    monkeypatch.setattr(evaluation, "check_memory", asked)  # would ask a hub for the config
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
     code = evaluation.main(arguments)

@@ -253,6 +253,15 @@ BAD = [
         for dry in ("true", "false")
     ),
     (["resume=nowhere", "--multirun"], "argument", "--multirun", "resume="),
+    # What Hydra would answer with its usage, or not at all.
+    (["+exp=infini", "--cfg"], "argument", "-c: expected one argument", "--hydra-help"),
+    (["+exp=infini", "--info=x"], "argument", "invalid choice: 'x'", "--hydra-help"),
+    (["+exp=infini", "--multirun=3"], "argument", "-m", "--hydra-help"),
+    (["+exp=infini", "--config-dir", "*1}9(=9"], "argument", "*1}9(=9", "key=value"),
+    (["+exp=infini", "hydra=3"], "hydra", "3", "the name of an option"),
+    (["+exp=infini", "hydra/launcher=3"], "hydra/launcher", "3", "the name of an option"),
+    (["+exp=infini", "~hydra"], "argument", "~hydra", "nothing can be deleted"),
+    (["+exp=infini", "logger.api_key=abcdefgh"], "argument", "logger.api_key=...", "in the environment"),
 ]
 
 

@@ -115,7 +115,7 @@ def test_files_of_every_kind(tmp_path):
 
 
 def test_a_line_of_json_may_hold_what_ends_a_line_elsewhere(tmp_path):
-    text = "one\u2028two\x85three\x0cfour"
+    text = "one\u2028two\x85three\x1efour"
     (tmp_path / "a.jsonl").write_text(
         json.dumps({"text": text}, ensure_ascii=False) + "\r\n", encoding="utf-8"
     )
