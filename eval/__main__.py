@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from replace.files import expanded
 from replace.interrupt import code_of, end_quietly, stoppable
 
 if __name__ == "__main__":
@@ -124,7 +125,7 @@ def run(options: dict[str, str], store: Store) -> list[Path]:
     names = listed(options[kind])
     reports = []
     for name in names:
-        out = Path(options["out"]).expanduser() if "out" in options else None
+        out = expanded(options["out"]) if "out" in options else None
         if out is not None and len(names) > 1:
             out = out / _short(name)
         reports.append(evaluate(kind, name, options, store, out) / "report.md")
@@ -150,7 +151,7 @@ def evaluate(
         the folder they are in.
     """
     start = time.perf_counter()
-    source = Path(name).expanduser() if kind == "run" else None
+    source = expanded(name) if kind == "run" else None
     if source is not None:
         config = load_config(source, "run")
         _check_trained(source)
@@ -379,7 +380,7 @@ def _student(source: Path, config: Config, documents: list[Document], metrics: d
     """
     if (source / "model" / "config.json").is_file():
         return _moved(load(source)[0])
-    adopted = None if config.source is None else Path(config.source).expanduser()
+    adopted = None if config.source is None else expanded(config.source)
     loaded = load_model(config.model)
     swap(loaded.model, choose(config, loaded, documents, source))
     last = load_last(source, loaded.model, adopted)
@@ -443,7 +444,7 @@ def _compare(options: dict[str, str], store: Store) -> Path:
     """Read the figures of runs, measure the models among the items, and write the comparison."""
     items = find_items(listed(options["compare"]))
     folder = _folder(
-        Path(options["out"]).expanduser()
+        expanded(options["out"])
         if "out" in options
         else Path("outputs") / "compare" / time.strftime("%Y-%m-%d_%H-%M-%S")
     )
@@ -478,7 +479,7 @@ def _as_teacher(item: Item, others: Sequence[Item]) -> Item | None:
 
 def _short(name: str) -> str:
     """A folder's name for a run or a model: its last two parts, since every export is `model`."""
-    place = Path(name).expanduser()
+    place = expanded(name)
     parts = place.resolve().parts if place.exists() else place.parts
     return "-".join(part for part in parts[-2:] if part != place.anchor)
 

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import fields
-from pathlib import Path
 
 from replace.compose import choices, compose, overridden
 from replace.config import Config, DataConfig, EvalConfig, ModelConfig
 from replace.errors import bad_value
+from replace.files import expanded
 from replace.validation import BASES, check_eval_budget
 
 WHAT = ("run", "model", "compare")
@@ -47,7 +47,7 @@ def parse(arguments: Sequence[str]) -> dict[str, str]:
 
 def listed(value: str) -> list[str]:
     """`a`, `a,b` or `[a,b]`; a path that exists is one item, whatever signs it holds."""
-    if Path(value).expanduser().exists():
+    if expanded(value).exists():
         return [value]
     inner = value[1:-1] if value.startswith("[") and value.endswith("]") else value
     return list(dict.fromkeys(part.strip().strip("'\"") for part in inner.split(",") if part.strip()))
@@ -106,14 +106,14 @@ def _take_data(config: Config, path: str | None) -> bool:
         return True
     old = config.data
     config.data = DataConfig(kind="files", path=path)
-    places = [Path(place).expanduser().resolve() for place in (old.path or "", path)]
+    places = [expanded(place).resolve() for place in (old.path or "", path)]
     return old.kind == "files" and places[0] == places[1]
 
 
 def config_for(name: str, trust: bool) -> Config:
     """The default config for a model that is no run's: a folder where there is one, else a hub id."""
     config = compose([])
-    if Path(name).expanduser().exists():
+    if expanded(name).exists():
         config.model = ModelConfig(kind="local", path=name, trust_remote_code=trust)
     elif name in ("smollm2", "tiny"):
         config.model = ModelConfig(kind=name)

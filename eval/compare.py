@@ -28,7 +28,7 @@ from eval.words import DASH, PART_WORDS, squeeze
 from replace.compose import load_config
 from replace.config import Config
 from replace.errors import bad_value
-from replace.files import atomic_write
+from replace.files import atomic_write, expanded
 
 SCHEMA = 1
 NOT_COMPARED = ("training", "seconds", "layer_outputs", "dev", "test_reads")
@@ -95,7 +95,7 @@ def find_items(names: Sequence[str]) -> list[Item]:
     """
     found: list[Item] = []
     for name in names:
-        folder = Path(name).expanduser()
+        folder = expanded(name)
         if (folder / FILE).is_file():
             found.append(_run(name, folder))
         elif (folder / "config.json").is_file() and _is_run(folder):

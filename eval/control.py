@@ -4,13 +4,13 @@ Its figures come from its own metrics.json, once it is shown that the two runs m
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from eval.metrics import FILE, last_student, read_metrics
 from replace.compose import differences, load_config
 from replace.config import Config
 from replace.errors import UserError
+from replace.files import expanded
 
 SAME = ("model", "data", "budget", "seed", "stages")
 """What the two runs must have in common."""
@@ -31,7 +31,7 @@ def control_of(config: Config, parts: Mapping[str, Any]) -> dict:
         return {
             "why": "a run of its own is needed: python -m replace +exp=window, then eval.control=<folder>"
         }
-    folder = Path(config.eval.control).expanduser()
+    folder = expanded(config.eval.control)
     try:
         theirs = load_config(folder, "eval.control")
         metrics = read_metrics(folder)

@@ -22,6 +22,7 @@ import torch
 from eval.intervals import LEVEL, clopper_pearson, paired_difference
 from eval.items import source_of
 from replace.errors import UserError, bad_value
+from replace.files import expanded
 
 TASKS = Path(__file__).parent / "tasks"
 OFFLINE = "offline_"
@@ -169,14 +170,14 @@ def _load(manager, name: str) -> dict:
     from datasets.exceptions import DatasetsError
 
     is_file = name.endswith(ENDINGS)
-    if is_file and not Path(name).expanduser().is_file():
+    if is_file and not expanded(name).is_file():
         raise bad_value("eval.tasks", name, "a task file that exists")
     if not is_file and name not in manager.all_tasks:
         offline = ", ".join(offline_tasks())
         allowed = f"{offline}, a task file (.yaml), or a name that `lm-eval ls tasks` lists"
         raise bad_value("eval.tasks", name, allowed)
     try:
-        return manager.load([str(Path(name).expanduser()) if is_file else name])
+        return manager.load([str(expanded(name)) if is_file else name])
     except UserError:
         raise
     except (

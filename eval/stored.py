@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerBase
 from eval.metrics import clean
 from replace.config import Config
 from replace.corpora import Document
-from replace.files import atomic_write
+from replace.files import atomic_write, expanded
 from replace.loading import cache_dir
 
 logger = logging.getLogger(__name__)
@@ -293,7 +293,7 @@ def _paths(options: Any) -> Iterator[Path]:
         for item in options.values() if isinstance(options, dict) else options:
             yield from _paths(item)
     elif isinstance(options, str) and ("." in options or "/" in options):
-        path = Path(options).expanduser()
+        path = expanded(options)
         if path.exists():
             yield path
 

@@ -15,6 +15,7 @@ from itertools import product
 from pathlib import Path
 from typing import NoReturn
 
+from replace.files import expanded
 from replace.interrupt import Stopped, code_of, end_quietly, stoppable
 
 if __name__ == "__main__":
@@ -130,11 +131,13 @@ def _run(arguments: list[str]) -> int:
     if not flags:
         _refuse_empty(arguments)
         return _run_one(arguments)
-    _check_flags(arguments)
     if any(argument.startswith("resume=") for argument in arguments):
         raise bad_value("argument", flags[0], "no flags beside resume=")
-    if all(flag in MULTIRUN for flag in flags):
-        return _launch(arguments, None, _checked_jobs([a for a in arguments if a not in MULTIRUN]))
+    if all(argument in MULTIRUN for argument in arguments if argument.startswith("-")):
+        overrides = [argument for argument in arguments if argument not in MULTIRUN]
+        # In front, since Hydra takes no overrides on both sides of a flag.
+        return _launch([MULTIRUN[-1], *overrides], None, _checked_jobs(overrides))
+    _check_flags(arguments)
     return _launch(arguments, None)
 
 
@@ -285,7 +288,7 @@ def _resumed(overrides: list[str]) -> tuple[Config | None, list[str]]:
     folder = named[-1].value() if named else None
     if folder is None:
         return None, overrides
-    run = Path(str(folder)).expanduser().resolve()
+    run = expanded(str(folder)).resolve()
     config = load_config(run, "resume")
     rest = [override for override in overrides if not override.startswith(("resume=", "hydra.run.dir="))]
     if len(rest) + len(named) < len(overrides):

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from replace.files import expanded
 from replace.interrupt import CODE, end_quietly
 
 if __name__ == "__main__":
@@ -423,7 +424,7 @@ def _loaded(options: dict[str, str]) -> tuple[PreTrainedModel, PreTrainedTokeniz
     if "run" in options:
         model, tokenizer = load(options["run"])
     else:
-        folder = Path(options["model"]).expanduser()
+        folder = expanded(options["model"])
         model, tokenizer = load(folder) if _is_export(folder) else _plain(options["model"])
     model.to(device_of_choice())  # type: ignore[arg-type]  # transformers' decorated `to`
     return model.eval(), tokenizer
@@ -433,7 +434,7 @@ def _plain(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model that is no export; a refusal names this command's key instead of those of a run."""
     if name in ("smollm2", "tiny"):
         kind = ModelConfig(kind=name)
-    elif Path(name).expanduser().exists():
+    elif expanded(name).exists():
         kind = ModelConfig(kind="local", path=name)
     else:
         kind = ModelConfig(kind="hf", id=name)

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from replace.config import DataConfig
 from replace.errors import UserError, bad_value
-from replace.files import atomic_write
+from replace.files import atomic_write, expanded
 from replace.wheels import Wheel, cache_dir, read_members, writing_to_cache
 
 log = logging.getLogger(__name__)
@@ -155,7 +155,7 @@ def _read_files(cfg: DataConfig) -> list[tuple[str, str, str]]:
     allowed = "a file, folder or glob of " + ", ".join(FILE_ENDINGS) + " files"
     if not cfg.path:
         raise bad_value("data.path", cfg.path, allowed)
-    root = Path(cfg.path).expanduser()
+    root = expanded(cfg.path)
     if root.is_dir():
         paths = sorted(path for path in root.rglob("*") if path.suffix in FILE_ENDINGS)
     else:

@@ -90,6 +90,11 @@ def clear(folder: Path) -> None:
             path.unlink(missing_ok=True)  # one inside a folder that is gone by now
 
 
+def expanded(path: Path | str) -> Path:
+    """A path as a person writes it, `~` for the home folder; of a user that is unknown it stays as it is."""
+    return Path(os.path.expanduser(path))  # Path.expanduser raises a RuntimeError of that
+
+
 def _keep(path: Path) -> None:
     """Have the system write a file to the disk."""
     if path.is_file():

@@ -20,7 +20,7 @@ from transformers import (
 
 from replace.config import ModelConfig
 from replace.errors import UserError, bad_value
-from replace.files import atomic_folder, atomic_write
+from replace.files import atomic_folder, atomic_write, expanded
 from replace.machine import free_memory
 from replace.tiny import tiny_config, tiny_model, tiny_tokenizer
 from replace.wheels import Wheel, cache_dir, fetch_wheel, sha256_of, writing_to_cache
@@ -182,9 +182,9 @@ def _source(cfg: ModelConfig) -> str:
             raise bad_value("model.id", cfg.id, "the id of a hub model, such as HuggingFaceTB/SmolLM2-135M")
         return cfg.id
     if cfg.kind == "local":
-        if not cfg.path or not (Path(cfg.path).expanduser() / "config.json").is_file():
+        if not cfg.path or not (expanded(cfg.path) / "config.json").is_file():
             raise bad_value("model.path", cfg.path, "a folder that has a config.json")
-        return str(Path(cfg.path).expanduser())
+        return str(expanded(cfg.path))
     raise bad_value("model.kind", cfg.kind, KINDS)
 
 

@@ -39,7 +39,7 @@ from replace.convert import Conversion, SwapSpec, attention_layers, mixers, prob
 from replace.corpora import Document, load_documents
 from replace.errors import UserError
 from replace.export.write import export
-from replace.files import atomic_write, clear
+from replace.files import atomic_write, clear, expanded
 from replace.loading import Loaded, cache_dir, load_model, load_tokenizer
 from replace.logger import Logger, NoLogger, open_logger
 from replace.machine import device_of_choice, keep_freed_memory
@@ -149,6 +149,7 @@ def _phases(
         with phase(metrics, run_dir, "lora", log) as result:
             tuning = tune(model, tokenizer, config, run_dir, documents, log)
             if result is not None:
+                seed(config.seed)
                 result |= measure(model, tokenizer, config, phase="lora", final=True, using=using)
                 result |= tuning
     _export(model, tokenizer, config, run_dir, "model", metrics)
@@ -272,7 +273,7 @@ def choose(config: Config, loaded: Loaded, documents: list[Document], run_dir: P
         if earlier is None:
             ranking = _ranked(config, loaded, documents)
         else:
-            ranking = read_ranking(Path(earlier).expanduser(), "from" if config.source else "layers.ranking")
+            ranking = read_ranking(expanded(earlier), "from" if config.source else "layers.ranking")
             logger.info("the layers' ranking is taken from %s", earlier)
         atomic_write(path, json.dumps(ranking, indent=1) + "\n")
     chosen = taken(read_ranking(path, "resume"), config.layers)
@@ -318,7 +319,7 @@ def adopt(model: nn.Module, config: Config, first: int) -> None:
             )
         return
     for number in range(1, first):
-        folder = Path(config.source).expanduser() / "checkpoints" / f"stage{number}"
+        folder = expanded(config.source) / "checkpoints" / f"stage{number}"
         if load_stage(folder, model) is None:
             raise UserError(
                 f"from={config.source!r} is not possible; allowed: a run that has finished stage {number}."

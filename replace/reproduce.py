@@ -21,7 +21,7 @@ from replace.compose import differences, load_config
 from replace.config import Config, LoggerConfig
 from replace.console import Console, RunLog
 from replace.errors import UserError, bad_value
-from replace.files import atomic_write
+from replace.files import atomic_write, expanded
 from replace.pipeline import run
 from replace.provenance import COMPARED, FILE, differing, environment
 from replace.validation import validate
@@ -51,9 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if given else 2
     try:
         options = _parse(given)
-        folder = Path(options["run"]).expanduser().resolve()
+        folder = expanded(options["run"]).resolve()
         named = options.get("out") or str(folder / "reproduced" / time.strftime("%Y-%m-%d_%H-%M-%S"))
-        out = Path(named).expanduser().resolve()
+        out = expanded(named).resolve()
         with stoppable():
             return _report(folder, out, *reproduce(folder, out))
     except UserError as error:

@@ -20,6 +20,7 @@ from replace.config import (
 )
 from replace.errors import UserError, bad_value
 from replace.families import NOT_CAPTURED
+from replace.files import expanded
 from replace.ranking import MEASURED, SEARCHES, check_k, check_ranking, measurements, read_ranking
 from replace.secrets import blot
 
@@ -99,7 +100,7 @@ def validate(config: Config, facts: "ModelFacts | None" = None) -> None:
     _check_attention(config.attention)
     _check_budget(config)
     if config.source is not None and config.resume is None:
-        _check_source(config, Path(config.source).expanduser())
+        _check_source(config, expanded(config.source))
     _check_names(config)
     facts = facts or _facts(config.model)
     _check_fit(config, facts)
@@ -288,7 +289,7 @@ def _check_run(config: Config) -> None:
     for base in config.eval.base.split("+"):
         _one_of("eval.base", base, BASES)
     if config.eval.control is not None:
-        load_config(Path(config.eval.control).expanduser(), "eval.control")
+        load_config(expanded(config.eval.control), "eval.control")
     _one_of("logger.kind", config.logger.kind, ("none", "wandb"))
 
 
@@ -316,7 +317,7 @@ def check_lora(config: Config) -> None:
                 value is None, f"lora.{name}", value, "null beside lora.data=text; it needs lora.data=chat"
             )
     if lora.path is not None:
-        found = glob.glob(str(Path(lora.path).expanduser()), recursive=True)
+        found = glob.glob(str(expanded(lora.path)), recursive=True)
         _require(bool(found), "lora.path", lora.path, "a .jsonl file, a folder or a glob of them that exists")
     if lora.kind == "unsloth":
         _check_unsloth(lora)
@@ -339,7 +340,7 @@ def _check_model_fields(model: ModelConfig) -> None:
             bool(model.id), "model.id", model.id, "the id of a hub model, such as HuggingFaceTB/SmolLM2-135M"
         )
     if model.kind == "local":
-        folder = Path(model.path or "").expanduser()
+        folder = expanded(model.path or "")
         found = bool(model.path) and (folder / "config.json").is_file()
         _require(found, "model.path", model.path, "a folder with a config.json, as save_pretrained writes it")
 
@@ -520,7 +521,7 @@ def _check_ranking(config: Config, facts: "ModelFacts") -> None:
     layers = config.layers
     if layers.select in MEASURED and layers.ranking is not None and config.resume is None:
         _require(bool(layers.ranking.strip()), "layers.ranking", layers.ranking, "a file, or a run's folder")
-        check_ranking(read_ranking(Path(layers.ranking).expanduser()), layers, facts.layers)
+        check_ranking(read_ranking(expanded(layers.ranking)), layers, facts.layers)
 
 
 def _check_choice(config: Config, facts: "ModelFacts") -> None:
@@ -652,7 +653,7 @@ def _check_files(path: str | None, length: int) -> None:
     """A user's files exist, hold text, and fill one row of `length` tokens (a token is a byte or more)."""
     wanted = f"a file, folder or glob of {', '.join(SUFFIXES)}"
     _require(bool(path), "data.path", path, wanted)
-    place = Path(str(path)).expanduser()
+    place = expanded(str(path))
     if place.is_dir():
         found = sorted(file for file in place.rglob("*") if file.suffix in SUFFIXES)
     else:

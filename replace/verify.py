@@ -13,9 +13,9 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from replace.files import expanded
 from replace.interrupt import CODE, end_quietly
 
 if __name__ == "__main__":
@@ -132,7 +132,7 @@ def _spec(config: Config, loaded: "Loaded") -> "SwapSpec":
     if selected(layers, len(indices)) is not None:
         return spec_of(config, indices)
     if layers.ranking is not None:
-        return spec_of(config, indices, taken(read_ranking(Path(layers.ranking).expanduser()), layers))
+        return spec_of(config, indices, taken(read_ranking(expanded(layers.ranking)), layers))
     scores = retrieval_scores(loaded.model, loaded.tokenizer, load_documents(config.data))
     order = independent_order({index: -share for index, share in scores.items()})
     return spec_of(config, indices, sorted(order[: layers.k]))

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from replace.errors import UserError
+from replace.files import expanded
 
 FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 """What the system says of a full disk and of a used-up quota, which not every system knows."""
@@ -48,7 +49,7 @@ def cache_dir() -> Path:
     """The folder for what outlives a run: LAYER_REPLACE_CACHE, else the user's cache folder."""
     chosen = os.environ.get("LAYER_REPLACE_CACHE")
     if chosen:
-        return Path(chosen).expanduser().absolute()
+        return expanded(chosen).absolute()
     if sys.platform == "win32":
         base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
     elif sys.platform == "darwin":

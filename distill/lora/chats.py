@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from replace.errors import bad_value
+from replace.files import expanded
 
 Message = dict[str, str]
 """{"role": system, user, assistant or tool, "content"}."""
@@ -37,7 +38,7 @@ def read_chats(path: str) -> list[list[Message]]:
     Raises:
         UserError: there is none, or a line has another form; the sentence names file and line.
     """
-    place = Path(path).expanduser()
+    place = expanded(path)
     if place.is_dir():
         files = sorted(place.rglob("*.jsonl"))
     else:

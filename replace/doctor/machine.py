@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from replace.files import expanded
 from replace.wheels import cache_dir
 
 WALK = 3.0
@@ -74,8 +75,8 @@ def cache_places() -> dict[str, Path]:
     triton = os.environ.get("TRITON_CACHE_DIR") or "~/.triton/cache"
     return {
         "models and texts": cache_dir(),
-        "Hugging Face's hub": Path(hub).expanduser(),
-        "compiled Triton kernels": Path(triton).expanduser(),
+        "Hugging Face's hub": expanded(hub),
+        "compiled Triton kernels": expanded(triton),
     }
 
 

@@ -12,6 +12,7 @@ from replace.convert import SwapSpec
 from replace.errors import UserError, bad_value, resume_argument
 from replace.export.modeling import convert
 from replace.export.write import PREFIX, config_class
+from replace.files import expanded
 
 ALLOWED = "a run's folder that has model/, or an exported folder"
 
@@ -28,7 +29,7 @@ def load(
     Raises:
         UserError: there is no whole export.
     """
-    folder = Path(run_folder).expanduser()
+    folder = expanded(run_folder)
     if (folder / "model" / "config.json").is_file():
         folder = folder / "model"
     saved = _read_config(folder, run_folder)

@@ -423,6 +423,7 @@ def test_any_model_is_measured_in_the_same_schema(tmp_path, capsys):
         (["run=none", "model=tiny"], ["run=", "either"]),
         (["out=x"], ["run=", "either"]),
         (["run=nowhere"], ["run='nowhere'", "config.json"]),
+        (["run=~nobody_there"], ["run='~nobody_there'", "config.json"]),
         (["model=tiny", "eval=all"], ["eval='all'", "perplexity"]),
         (["model=tiny", "speed=3"], ["speed='3'", "trust_remote_code"]),
         (["model=tiny", "model=x"], ["model='x'", "one value"]),

@@ -253,6 +253,8 @@ BAD = [
         for dry in ("true", "false")
     ),
     (["resume=nowhere", "--multirun"], "argument", "--multirun", "resume="),
+    (["resume='~nobody_there/run'"], "resume", "~nobody_there/run", "the folder of a run"),
+    ([*TINY, "model=local", "model.path='~nobody_there'"], "model.path", "~nobody_there", "config.json"),
     # What Hydra would answer with its usage, or not at all.
     (["+exp=infini", "--cfg"], "argument", "-c: expected one argument", "--hydra-help"),
     (["+exp=infini", "--info=x"], "argument", "invalid choice: 'x'", "--hydra-help"),
@@ -464,8 +466,10 @@ def test_the_folder_can_be_chosen(calls: list[tuple[Config, Path]]) -> None:
     assert calls[0][1] == Path.cwd() / "here" / "it is"
 
 
-def test_a_multirun_is_one_run_a_value(calls: list[tuple[Config, Path]]) -> None:
-    assert main(["--multirun", *TINY, "seed=1,2"]) == 0
+@pytest.mark.parametrize("arguments", [["--multirun", *TINY, "seed=1,2"], [*TINY, "-m", "seed=1,2"]])
+def test_a_multirun_is_one_run_a_value(calls: list[tuple[Config, Path]], arguments: list[str]) -> None:
+    """Wherever the flag stands."""
+    assert main(arguments) == 0
     assert [config.seed for config, _ in calls] == [1, 2]
     assert len({folder for _, folder in calls}) == 2
 

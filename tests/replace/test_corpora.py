@@ -115,11 +115,10 @@ def test_files_of_every_kind(tmp_path):
 
 
 def test_a_line_of_json_may_hold_what_ends_a_line_elsewhere(tmp_path):
-    text = "one\u2028two\x85three\x1efour"
-    (tmp_path / "a.jsonl").write_text(
-        json.dumps({"text": text}, ensure_ascii=False) + "\r\n", encoding="utf-8"
-    )
-    assert "".join(document.text for document in load_documents(files(tmp_path / "a.jsonl"))) == text
+    texts = [f"one\u2028two\x85three\x1efour {number}" for number in range(3)]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    (tmp_path / "a.jsonl").write_text("\r\n".join(lines), encoding="utf-8", newline="")
+    assert sorted(document.text for document in load_documents(files(tmp_path / "a.jsonl"))) == texts
 
 
 def test_a_parquet_file_that_is_damaged_inside_is_one_sentence(tmp_path):
