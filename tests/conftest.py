@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,14 +29,22 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+# A shell that starts the tests in the background has them ignore both, and what they start as well.
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, usual)
+
+
 @pytest.fixture(autouse=True)
 def as_it_was() -> Iterator[None]:
     """A command that a test runs in this process leaves its console and its form of operators to none."""
     yield
     force("auto")
-    for name in (None, "replace", "distill", "eval", "kernels"):
-        log = logging.getLogger(name)
+    logging.disable(logging.NOTSET)
+    for log in (logging.getLogger(), *map(logging.getLogger, list(logging.root.manager.loggerDict))):
         log.handlers[:] = [handler for handler in log.handlers if not isinstance(handler, Console)]
+        if log.name.partition(".")[0] in ("replace", "distill", "eval", "kernels"):
+            log.propagate, log.disabled = True, False
 
 
 @pytest.fixture
