@@ -45,6 +45,7 @@ def as_it_was() -> Iterator[None]:
         log.handlers[:] = [handler for handler in log.handlers if not isinstance(handler, Console)]
         if log.name.partition(".")[0] in ("replace", "distill", "eval", "kernels"):
             log.propagate, log.disabled = True, False
+            log.setLevel(logging.NOTSET)
 
 
 @pytest.fixture
