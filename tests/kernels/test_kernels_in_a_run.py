@@ -194,7 +194,7 @@ def test_a_gated_delta_layer_is_the_same_by_the_operator(
     assert set(used) == {form}
     assert len(used) > 3  # each piece, and a token that completes a block
     assert got.keys() == want.keys()
-    assert float(want["nonfinite"]) == 2
+    assert float(want["nonfinite"]) == (1 if options.get("window") else 2)  # or it has not left yet
     for key, value in want.items():
         if value.numel():
             assert_close(key, got[key], value, tolerance(torch.float32))

@@ -692,13 +692,15 @@ def test_autocast_does_not_reach_the_sums() -> None:
     assert torch.equal(got[1].M, want[1].M)
 
 
-@pytest.mark.parametrize("packed", [(), (0, 2, 9)])
 @pytest.mark.parametrize(
-    "name",
+    ("name", "packed"),
     [
-        "chunk",
-        pytest.param("triton", marks=pytest.mark.interpret),
-        pytest.param("auto", marks=pytest.mark.gpu),
+        ("chunk", ()),
+        pytest.param("chunk", (0, 2, 9), marks=pytest.mark.slow),
+        pytest.param("triton", (), marks=pytest.mark.interpret),
+        pytest.param("triton", (0, 2, 9), marks=pytest.mark.interpret),
+        pytest.param("auto", (), marks=pytest.mark.gpu),
+        pytest.param("auto", (0, 2, 9), marks=pytest.mark.gpu),
     ],
 )
 def test_it_compiles_as_one_graph(name: str, packed: tuple[int, ...]) -> None:
