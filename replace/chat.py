@@ -261,24 +261,39 @@ class _Stream(TextStreamer):
 
 
 class _Stop:
-    """Whether Ctrl-C was pressed, while `listening`."""
+    """Whether Ctrl-C was pressed since the last prompt; while a line is awaited it interrupts that instead."""
 
     def __init__(self) -> None:
-        self.pressed = False
+        self.pressed = self.waiting = False
 
     def __call__(self) -> bool:
         return self.pressed
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        self.pressed = False
         before = signal.signal(signal.SIGINT, self._press)
         try:
             yield
         finally:
             signal.signal(signal.SIGINT, before)
 
+    def line(self) -> str:
+        """The next line of the terminal.
+
+        Raises:
+            EOFError: there is none.
+            KeyboardInterrupt: Ctrl-C was pressed instead, once however often.
+        """
+        self.pressed, self.waiting = False, True
+        try:
+            return input(PROMPT)
+        finally:
+            self.waiting = False
+
     def _press(self, *_: object) -> None:
+        if self.waiting:
+            self.waiting = False  # before it raises: no second press breaks into what handles the first
+            raise KeyboardInterrupt
         self.pressed = True
 
 
@@ -297,7 +312,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         model, tokenizer = _loaded(options)
         stop = _Stop()
         writing = Writing(tokenizer, options.get("format", "auto"), options.get("system"))
-        chat(Conversation(model, writing, sampling, stop), stop)
+        conversation = Conversation(model, writing, sampling, stop)
+        with stop.listening():
+            chat(conversation, stop)
     except (UserError, OSError) as error:
         if "verbose=true" in given:
             raise
@@ -316,7 +333,7 @@ def chat(conversation: Conversation, stop: _Stop) -> None:
     sys.stdout.write(_greeting(conversation))
     while True:
         try:
-            line = input(PROMPT).strip()
+            line = stop.line().strip()
         except EOFError:
             sys.stdout.write("\n")
             return
@@ -339,12 +356,11 @@ def chat(conversation: Conversation, stop: _Stop) -> None:
 def _say(conversation: Conversation, line: str, stop: _Stop) -> None:
     stream = _Stream(conversation.writing.tokenizer, skip_special_tokens=True)  # type: ignore[arg-type]
     said = ""
-    with stop.listening():
-        try:
-            for token in conversation.answer(line):
-                stream.put(torch.tensor([token]))
-        except UserError as error:
-            said = f"({error})\n"
+    try:
+        for token in conversation.answer(line):
+            stream.put(torch.tensor([token]))
+    except UserError as error:
+        said = f"({error})\n"
     stream.end()
     sys.stdout.write(said or ("(stopped)\n" if stop.pressed else ""))
     sys.stdout.flush()

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from replace import AttentionConfig, SwapSpec, export_model, swap
+from replace import chat as chat_module
 from replace.chat import CHATML, CHUNK, Conversation, Sampling, Writing, main
 from replace.convert import mixers
 from replace.errors import UserError
@@ -22,6 +23,10 @@ from replace.tiny import tiny_model, tiny_tokenizer
 ROOT = Path(__file__).parents[2]
 TURNS = ("What is the pass key?", "Here we go, there and back again. " * 20, "42", "Remember it well.")
 GREEDY = Sampling(max_new_tokens=12, temperature=0)
+SILENCE = 120
+"""Seconds without a word, on a busy machine, after which a chat hangs; its start takes most of them."""
+PATIENCE = 10
+"""Seconds after which a key is pressed again."""
 
 
 def a_tokenizer(signs: bool = True):
@@ -186,6 +191,53 @@ def test_a_turn_whose_reading_was_stopped_is_read_with_the_next() -> None:
     )
 
 
+def test_a_second_press_when_the_answer_has_ended_ends_no_chat(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever presses Ctrl-C twice wants silence, and not the end of the conversation."""
+
+    class Pressed(chat_module._Stream):
+        def end(self) -> None:
+            super().end()
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(chat_module, "_Stream", Pressed)
+    monkeypatch.setattr("sys.stdin", io.StringIO("What?\n/bytes\n"))
+    before = signal.getsignal(signal.SIGINT)
+    assert main([f"run={run}", "max_new_tokens=2"]) == 0
+    assert "bytes kept)" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["at the prompt", "between the line and the answer"])
+def test_a_press_between_two_answers_is_heard(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, later: bool
+) -> None:
+    lines = iter(["What?", "/bytes"])
+
+    def pressed(prompt: str) -> str:
+        line = next(lines, None)
+        if line is None:
+            raise EOFError
+        if line == "What?" and not later:
+            signal.raise_signal(signal.SIGINT)
+        return line
+
+    class Pressed(chat_module._Stream):
+        def __init__(self, *arguments, **named) -> None:
+            super().__init__(*arguments, **named)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("builtins.input", pressed)
+    if later:
+        monkeypatch.setattr(chat_module, "_Stream", Pressed)
+    assert main([f"run={run}", "max_new_tokens=2"]) == 0
+    said = capsys.readouterr().out
+    assert ("(stopped)" in said) == later
+    assert ("(/quit or Ctrl-D ends the chat)" in said) != later
+    assert "bytes kept)" in said
+
+
 def test_sampling_follows_its_seed() -> None:
     def said(**changes: float) -> list[int]:
         model, tokenizer = a_student()
@@ -273,7 +325,7 @@ class Terminal:
             os.execve(sys.executable, [sys.executable, "-m", "replace.chat", *arguments], environment)
         self.text = ""
 
-    def read(self, seconds: float = 600) -> str:
+    def read(self, seconds: float = SILENCE) -> str:
         """What is written next."""
         assert select.select([self.end], [], [], seconds)[0], self.text
         new = os.read(self.end, 1 << 16).decode(errors="replace")
@@ -294,11 +346,30 @@ class Terminal:
 
     def say(self, line: str, wanted: str) -> str:
         """Type a line at the prompt; returns what is said until the next prompt, which holds `wanted`."""
-        here = self.type(line)
+        return self.prompted(self.type(line), wanted)
+
+    def interrupt(self, wanted: str) -> str:
+        """Press Ctrl-C until it is answered; returns what is said until the next prompt, as `say` does.
+
+        Python shows its prompt and then waits for a key. A signal between the two, where a busy machine may
+        let us run, is noted and wakes nothing: once in some 20,000 presses nothing happens before the next
+        (`readline_until_enter_or_signal` in CPython's Modules/readline.c). A person presses again.
+        """
+        here = self.type("\x03")
+        for _ in range(SILENCE // PATIENCE):
+            while wanted not in self.text[here:] and select.select([self.end], [], [], PATIENCE)[0]:
+                self.read()
+            if wanted in self.text[here:]:
+                break
+            self.type("\x03")
+        return self.prompted(here, wanted)
+
+    def prompted(self, here: int, wanted: str) -> str:
+        """What is said from `here` until the prompt that follows `wanted`."""
         self.until(wanted, here)
         return self.until("\n> ", here + self.text[here:].index(wanted))
 
-    def ended(self, seconds: float = 300) -> int:
+    def ended(self, seconds: float = SILENCE) -> int:
         """The exit code; what does not end is killed."""
         deadline = time.monotonic() + seconds
         while (found := os.waitpid(self.child, os.WNOHANG))[0] == 0:
@@ -316,13 +387,13 @@ def test_a_chat_in_a_terminal(run: Path) -> None:
         here = terminal.type(turn + "\n")
         while len(terminal.text) < here + len(turn) + 40:  # words come while the answer is being made
             terminal.read()
-        terminal.say("\x03", "(stopped)\r\n")
+        terminal.interrupt("(stopped)\r\n")
         terminal.say("/bytes\n", "bytes kept)")
     shown = re.findall(r"([\d,]+) tokens read, ([\d,]+) bytes", terminal.text)
     ((first, bytes_first), (second, bytes_second)) = shown
     assert int(second.replace(",", "")) > int(first.replace(",", "")) > 8
     assert bytes_first == bytes_second != "0"
-    terminal.say("\x03", "(/quit or Ctrl-D ends the chat)")
+    terminal.interrupt("(/quit or Ctrl-D ends the chat)")
     terminal.say("/nothing\n", "(/nothing is no command; there are /reset, /bytes, /quit)")
     terminal.say("/reset\n", "(begun anew)")
     terminal.say("/bytes\n", "(0 tokens read, 0 bytes kept)")
