@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.linear_memory.chunk import LARGEST
-from kernels.numerics import wide
+from kernels.numerics import contiguous, wide
 from kernels.packing import Chunks as Packed
 from kernels.packing import chunk_table, token_slots
 from kernels.pieces import Pieces
@@ -115,8 +115,7 @@ def gated_delta_rule(
     batch, length = q.shape[:2]
     groups = k.shape[2]
     size = min(size, max(length, 1))
-    q, k, v, beta = (wide(x) for x in (q, k, v, beta))
-    log_decay = torch.zeros_like(beta) if log_decay is None else wide(log_decay)
+    log_decay = torch.zeros_like(beta) if log_decay is None else log_decay
     if mask is not None:  # before any product, because 0 times NaN is NaN
         seen = mask.unsqueeze(-1) if mask.ndim == 2 else mask
         beta, log_decay = torch.where(seen, beta, 0), torch.where(seen, log_decay, 0)
@@ -128,7 +127,7 @@ def gated_delta_rule(
         chunks, states = chunk_table(cu_seqlens, length, size), cu_seqlens.shape[0] - 1
         cut = [_gather(x, chunks, size) for x in (q, k, v, beta, log_decay)]
     if initial_state is None:
-        initial_state = k.new_zeros(states, groups, k.shape[-1], v.shape[-1])
+        initial_state = wide(k.new_zeros(states, groups, k.shape[-1], v.shape[-1]))
     initial = wide(initial_state)
     pieces = Pieces.of(batch, cut[0].shape[1], groups, piece, q.device)
     places = torch.arange(pieces.count, device=q.device).split(pieces.chunks)
@@ -137,7 +136,7 @@ def gated_delta_rule(
     for state in initial[:batch].split(pieces.rows):
         for place, *some in islice(given, pieces.steps):
             # Copied once here instead of by every product.
-            rows, keys, values, share, decay = (x.transpose(2, 3).transpose(1, 2).contiguous() for x in some)
+            rows, keys, values, share, decay = (contiguous(x.transpose(2, 3).transpose(1, 2)) for x in some)
             share = scaled_step(keys, share) if scaled else share
             parts = transform(keys, values, share, decay)
             opened = None if chunks is None else _opened(initial, chunks, place)

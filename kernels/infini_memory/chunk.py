@@ -60,34 +60,33 @@ def infini_memory(
 ) -> tuple[Tensor, InfiniState, InfiniCounters]:
     """`kernels.infini_memory`, about `piece` tokens at a time; arguments checked before."""
     dtype, (batch, length), groups = v.dtype, q.shape[:2], k.shape[2]
-    q, k, v, local = wide(q), wide(k), wide(v), wide(local)
-    weight = k.new_ones(batch, length, groups) if write_gate is None else write_gate.to(k.dtype)
+    weight = wide(k.new_ones(batch, length, groups) if write_gate is None else write_gate)
     leaving = torch.arange(length, device=q.device) < written_blocks(length, block, lookback) * block
     here = leaving.view(1, -1, 1) if mask is None else leaving.view(1, -1, 1) & mask.unsqueeze(-1)
     k, v, weight, lost = taken(k, v, weight, here)
     blocks = -(-length // block)
-    k, v, weight = (_later(x, blocks, block, lookback) for x in (k, v, weight.unsqueeze(-1)))
+    now = (_later(x, blocks, block, 0) for x in (q, local, gate.unsqueeze(-1)))
+    past = (_later(x, blocks, block, lookback) for x in (k, v, weight.unsqueeze(-1)))
     pieces = Pieces.of(batch, blocks, groups, piece // block, q.device)
-    given = zip(*(pieces.cut(x) for x in (_later(q, blocks, block, 0), k, v, weight)), strict=True)
+    given = zip(*(pieces.cut(x) for x in (*now, *past)), strict=True)
     state = (initial.M, initial.z, initial.n.to(count_dtype(q.device)))
-    numerators, denominators, limited, ends = [], [], [], []
+    outs, limited, ends = [], [], []
     for carry in map(Memory, *(x.split(pieces.rows) for x in state)):
         over = []
-        for queries, keys, values, gates in islice(given, pieces.steps):
+        for some in islice(given, pieces.steps):
+            queries, exact, share, keys, values, gates = map(wide, some)
             written = (x.permute(0, 3, 1, 2, 4) for x in (keys, values))
             states, clamped = write_linear(*written, gates.squeeze(-1).permute(0, 3, 1, 2), carry, clamp)
             before = Memory(states.M[:, :, :-1], states.z[:, :, :-1], states.n[:, :, :-1])
             carry = Memory(states.M[:, :, -1], states.z[:, :, -1], states.n[:, :, -1].detach())
-            numerator, denominator = read(_by_group(queries, groups), before)
-            numerators.append(_by_token(numerator, block))
-            denominators.append(_by_token(denominator, block))
+            answer = (_by_token(x, block) for x in read(_by_group(queries, groups), before))
+            outs.append(mixed(*answer, share, exact).to(dtype))
             over.append(clamped.sum(-1))
         limited.append(torch.stack(over).sum(0))
         ends.append((carry.M, carry.z, carry.n))
-    numerator, denominator = (pieces.join(x).flatten(1, 2)[:, :length] for x in (numerators, denominators))
-    out = mixed(numerator, denominator, gate.to(q.dtype).unsqueeze(-1), local)
+    out = pieces.join(outs).flatten(1, 2)[:, :length]
     counters = InfiniCounters(torch.cat(limited), lost.sum(1))
-    return out.to(dtype), InfiniState(*map(torch.cat, zip(*ends, strict=True))), counters
+    return out, InfiniState(*map(torch.cat, zip(*ends, strict=True))), counters
 
 
 def taken(k: Tensor, v: Tensor, weight: Tensor, here: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -109,7 +108,7 @@ def _later(x: Tensor, blocks: int, block: int, lookback: int) -> Tensor:
     first = min(lookback * block, blocks * block)
     kept = x[:, : blocks * block - first]
     missing = blocks * block - first - kept.shape[1]
-    x = torch.nn.functional.pad(kept, (0, 0, 0, 0, first, missing))
+    x = torch.nn.functional.pad(kept, (0, 0, 0, 0, first, missing)) if first or missing else kept
     return x.unflatten(1, (blocks, block))
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels.linear_attention.state import LinearState, divide
-from kernels.numerics import wide
+from kernels.numerics import contiguous, wide
 from kernels.packing import Chunks, chunk_table, token_slots
 from kernels.pieces import Pieces
 
@@ -62,7 +62,6 @@ def linear_attention(
 ) -> tuple[Tensor, LinearState]:
     """`kernels.linear_attention` in chunks of `size` tokens, `piece` at a time; arguments checked before."""
     (batch, length), groups, dtype = q.shape[:2], k.shape[2], v.dtype
-    q, k, v = wide(q), wide(k), wide(v)
     if mask is not None:  # before any product, because 0 times NaN is NaN
         k, v = (torch.where(mask[:, :, None, None], x, 0) for x in (k, v))
     if cu_seqlens is None:
@@ -74,10 +73,10 @@ def linear_attention(
             for rows, keys, values in islice(given, pieces.steps):
                 keys, values = _by_head(keys), _by_head(values)
                 before, carry = _states(*_updates(keys, values), carry)
-                outs.append(_read(rows, keys, values, before, normalize, eps))
+                outs.append(_read(wide(rows), keys, values, before, normalize, eps).to(dtype))
             states.append(carry)
         out = pieces.join(outs).flatten(1, 2)[:, :length]
-        return out.to(dtype), LinearState(*map(torch.cat, zip(*states, strict=True)))
+        return out, LinearState(*map(torch.cat, zip(*states, strict=True)))
     chunks = chunk_table(cu_seqlens, length, size)
     slot = torch.arange(size, device=q.device)
     token = chunks.start[:, None] + slot
@@ -92,12 +91,12 @@ def linear_attention(
     for rows, keys, values, place in pieces:
         keys, values = _by_head(keys), _by_head(values)
         before, after = _packed_states(*_updates(keys, values), held, initial, chunks, place)
-        outs.append(_read(rows, keys, values, before, normalize, eps))
+        outs.append(_read(wide(rows), keys, values, before, normalize, eps).to(dtype))
         states.append(after)
         held = LinearState(after.M[-1:], after.z[-1:])
     out = torch.cat(outs, 1).flatten(1, 2)[:, token_slots(cu_seqlens, chunks, length, size)]
     last = chunks.offsets[1:] - 1
-    return out.to(dtype), LinearState(*(torch.cat(x)[last] for x in zip(*states, strict=True)))
+    return out, LinearState(*(torch.cat(x)[last] for x in zip(*states, strict=True)))
 
 
 def _cut(x: Tensor, size: int) -> Tensor:
@@ -109,8 +108,8 @@ def _cut(x: Tensor, size: int) -> Tensor:
 
 
 def _by_head(x: Tensor) -> Tensor:
-    """`[B, N, C, G, X]` -> `[B, N, G, C, X]`, copied once here instead of by every product."""
-    return x.transpose(2, 3).contiguous()
+    """`[B, N, C, G, X]` -> `[B, N, G, C, X]` in fp32 or fp64, copied once here instead of by every product."""
+    return contiguous(x.transpose(2, 3))
 
 
 def _updates(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
