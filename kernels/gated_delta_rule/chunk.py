@@ -6,6 +6,7 @@ T = (I + tril(diag(b) (K K^T o G), -1))^-1 diag(b);  U = T V;  W = T diag(g) K; 
 S' = g_C S + (diag(g_C / g) K)^T u;  O = diag(g) Q S + (Q K^T o G o mask) u.
 """
 
+from itertools import cycle, islice
 from typing import NamedTuple
 
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.linear_memory.chunk import LARGEST
-from kernels.numerics import wide
+from kernels.numerics import contiguous, wide
 from kernels.packing import Chunks as Packed
 from kernels.packing import chunk_table, token_slots
+from kernels.pieces import Pieces
 
 CHUNK = 64
 """Tokens that `gated_delta_rule` takes at once.
@@ -107,15 +109,13 @@ def gated_delta_rule(
     cu_seqlens: Tensor | None = None,
     scaled: bool = True,
     size: int = CHUNK,
-    piece: int | None = None,
+    piece: int = PIECE,
 ) -> tuple[Tensor, Tensor]:
     """As `reference.gated_delta_rule`, in chunks of `size` tokens of which `piece` are prepared at once."""
     batch, length = q.shape[:2]
     groups = k.shape[2]
     size = min(size, max(length, 1))
-    piece = piece or max(1, PIECE // (batch * groups))
-    q, k, v, beta = (wide(x) for x in (q, k, v, beta))
-    log_decay = torch.zeros_like(beta) if log_decay is None else wide(log_decay)
+    log_decay = torch.zeros_like(beta) if log_decay is None else log_decay
     if mask is not None:  # before any product, because 0 times NaN is NaN
         seen = mask.unsqueeze(-1) if mask.ndim == 2 else mask
         beta, log_decay = torch.where(seen, beta, 0), torch.where(seen, log_decay, 0)
@@ -127,23 +127,27 @@ def gated_delta_rule(
         chunks, states = chunk_table(cu_seqlens, length, size), cu_seqlens.shape[0] - 1
         cut = [_gather(x, chunks, size) for x in (q, k, v, beta, log_decay)]
     if initial_state is None:
-        initial_state = k.new_zeros(states, groups, k.shape[-1], v.shape[-1])
+        initial_state = wide(k.new_zeros(states, groups, k.shape[-1], v.shape[-1]))
     initial = wide(initial_state)
-    state, outs, after = initial[: q.shape[0]], [], []
-    places = torch.arange(cut[0].shape[1], device=q.device).split(piece)
-    for place, *some in zip(places, *(x.split(piece, 1) for x in cut), strict=True):
-        # Copied once here instead of by every product.
-        rows, keys, values, share, decay = (x.transpose(2, 3).transpose(1, 2).contiguous() for x in some)
-        share = scaled_step(keys, share) if scaled else share
-        parts = transform(keys, values, share, decay)
-        opened = None if chunks is None else _opened(initial, chunks, place)
-        before, last, errors, _ = recur(keys, parts, state, None, opened)
-        state = last[-1].view_as(state)
-        outs.append(_read(rows, keys, before, errors, parts))
-        after += last
-    out = torch.cat(outs, 2).flatten(2, 3).transpose(1, 2)
+    pieces = Pieces.of(batch, cut[0].shape[1], groups, piece, q.device)
+    places = torch.arange(pieces.count, device=q.device).split(pieces.chunks)
+    given = zip(cycle(places), *(pieces.cut(x) for x in cut), strict=False)
+    outs, ends, after = [], [], []
+    for state in initial[:batch].split(pieces.rows):
+        for place, *some in islice(given, pieces.steps):
+            # Copied once here instead of by every product.
+            rows, keys, values, share, decay = (contiguous(x.transpose(2, 3).transpose(1, 2)) for x in some)
+            share = scaled_step(keys, share) if scaled else share
+            parts = transform(keys, values, share, decay)
+            opened = None if chunks is None else _opened(initial, chunks, place)
+            before, last, errors, _ = recur(keys, parts, state, None, opened)
+            state = last[-1].view_as(state)
+            outs.append(_read(rows, keys, before, errors, parts).permute(0, 2, 3, 1, 4))
+            after += last
+        ends.append(state)
+    out = pieces.join(outs).flatten(1, 2)
     if chunks is None or cu_seqlens is None:
-        return out[:, :length], state
+        return out[:, :length], torch.cat(ends)
     out = out[:, token_slots(cu_seqlens, chunks, length, size)]
     return out, torch.stack(after)[chunks.offsets[1:] - 1]  # `[G, F, D]` each, since B is 1
 

@@ -5,12 +5,15 @@ before i - L. Keys are put L blocks later, so that the means before block i are 
 taken a few at a time, so that what they make stays in the processor's cache.
 """
 
+from itertools import islice
+
 import torch
 from torch import Tensor
 
 from kernels.infini_memory.state import InfiniCounters, InfiniState, written_blocks
 from kernels.linear_memory.chunk import EMPTY, LARGEST, Memory, read, write_linear
 from kernels.numerics import count_dtype, wide
+from kernels.pieces import Pieces
 
 PIECE = 1024
 """Tokens times rows times key-value heads computed at once, at least one block.
@@ -53,33 +56,37 @@ def infini_memory(
     block: int,
     lookback: int,
     clamp: float,
-    piece: int | None = None,
+    piece: int = PIECE,
 ) -> tuple[Tensor, InfiniState, InfiniCounters]:
     """`kernels.infini_memory`, about `piece` tokens at a time; arguments checked before."""
     dtype, (batch, length), groups = v.dtype, q.shape[:2], k.shape[2]
-    q, k, v, local = wide(q), wide(k), wide(v), wide(local)
-    weight = k.new_ones(batch, length, groups) if write_gate is None else write_gate.to(k.dtype)
+    weight = wide(k.new_ones(batch, length, groups) if write_gate is None else write_gate)
     leaving = torch.arange(length, device=q.device) < written_blocks(length, block, lookback) * block
     here = leaving.view(1, -1, 1) if mask is None else leaving.view(1, -1, 1) & mask.unsqueeze(-1)
     k, v, weight, lost = taken(k, v, weight, here)
     blocks = -(-length // block)
-    k, v, weight = (_later(x, blocks, block, lookback) for x in (k, v, weight.unsqueeze(-1)))
-    rows = _cut(q, blocks, block, groups)
-    carry = Memory(initial.M, initial.z, initial.n.to(count_dtype(q.device)))
-    numerators, denominators, limited = [], [], []
-    count = max(1, (piece or PIECE // (batch * groups)) // block)
-    for queries, keys, values, gates in zip(*(x.split(count, 2) for x in (rows, k, v, weight)), strict=True):
-        states, clamped = write_linear(keys, values, gates.squeeze(-1), carry, clamp)
-        before = Memory(states.M[:, :, :-1], states.z[:, :, :-1], states.n[:, :, :-1])
-        carry = Memory(states.M[:, :, -1], states.z[:, :, -1], states.n[:, :, -1].detach())
-        numerator, denominator = read(queries, before)
-        numerators.append(numerator)
-        denominators.append(denominator)
-        limited.append(clamped.sum(-1))
-    numerator, denominator = (_joined(x, block, length) for x in (numerators, denominators))
-    out = mixed(numerator, denominator, gate.to(q.dtype).unsqueeze(-1), local)
-    counters = InfiniCounters(torch.stack(limited).sum(0), lost.sum(1))
-    return out.to(dtype), InfiniState(carry.M, carry.z, carry.n), counters
+    now = (_later(x, blocks, block, 0) for x in (q, local, gate.unsqueeze(-1)))
+    past = (_later(x, blocks, block, lookback) for x in (k, v, weight.unsqueeze(-1)))
+    pieces = Pieces.of(batch, blocks, groups, piece // block, q.device)
+    given = zip(*(pieces.cut(x) for x in (*now, *past)), strict=True)
+    state = (initial.M, initial.z, initial.n.to(count_dtype(q.device)))
+    outs, limited, ends = [], [], []
+    for carry in map(Memory, *(x.split(pieces.rows) for x in state)):
+        over = []
+        for some in islice(given, pieces.steps):
+            queries, exact, share, keys, values, gates = map(wide, some)
+            written = (x.permute(0, 3, 1, 2, 4) for x in (keys, values))
+            states, clamped = write_linear(*written, gates.squeeze(-1).permute(0, 3, 1, 2), carry, clamp)
+            before = Memory(states.M[:, :, :-1], states.z[:, :, :-1], states.n[:, :, :-1])
+            carry = Memory(states.M[:, :, -1], states.z[:, :, -1], states.n[:, :, -1].detach())
+            answer = (_by_token(x, block) for x in read(_by_group(queries, groups), before))
+            outs.append(mixed(*answer, share, exact).to(dtype))
+            over.append(clamped.sum(-1))
+        limited.append(torch.stack(over).sum(0))
+        ends.append((carry.M, carry.z, carry.n))
+    out = pieces.join(outs).flatten(1, 2)[:, :length]
+    counters = InfiniCounters(torch.cat(limited), lost.sum(1))
+    return out, InfiniState(*map(torch.cat, zip(*ends, strict=True))), counters
 
 
 def taken(k: Tensor, v: Tensor, weight: Tensor, here: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -97,21 +104,19 @@ def taken(k: Tensor, v: Tensor, weight: Tensor, here: Tensor) -> tuple[Tensor, T
 
 
 def _later(x: Tensor, blocks: int, block: int, lookback: int) -> Tensor:
-    """`[B, T, G, E]` -> `[B, G, N, S, E]`, moved back by L blocks of zeros."""
+    """`[B, T, X, E]` -> `[B, N, S, X, E]`, moved back by L blocks of zeros."""
     first = min(lookback * block, blocks * block)
     kept = x[:, : blocks * block - first]
     missing = blocks * block - first - kept.shape[1]
-    x = torch.nn.functional.pad(kept, (0, 0, 0, 0, first, missing))
-    return x.unflatten(1, (blocks, block)).permute(0, 3, 1, 2, 4)
+    x = torch.nn.functional.pad(kept, (0, 0, 0, 0, first, missing)) if first or missing else kept
+    return x.unflatten(1, (blocks, block))
 
 
-def _cut(q: Tensor, blocks: int, block: int, groups: int) -> Tensor:
-    """`[B, T, H, F]` -> `[B, G, N, R S, F]`: the heads of a group side by side."""
-    q = torch.nn.functional.pad(q, (0, 0, 0, 0, 0, blocks * block - q.shape[1]))
-    return q.unflatten(2, (groups, -1)).unflatten(1, (blocks, block)).permute(0, 3, 1, 4, 2, 5).flatten(3, 4)
+def _by_group(q: Tensor, groups: int) -> Tensor:
+    """`[B, N, S, H, F]` -> `[B, G, N, R S, F]`: the heads of a group side by side."""
+    return q.unflatten(3, (groups, -1)).permute(0, 3, 1, 4, 2, 5).flatten(3, 4)
 
 
-def _joined(parts: list[Tensor], block: int, length: int) -> Tensor:
-    """The pieces `[B, G, N, R S, E]` as `[B, T, H, E]`."""
-    x = torch.cat(parts, 2).unflatten(3, (-1, block))
-    return x.permute(0, 2, 4, 1, 3, 5).flatten(3, 4).flatten(1, 2)[:, :length]
+def _by_token(x: Tensor, block: int) -> Tensor:
+    """`[B, G, N, R S, E]` -> `[B, N, S, H, E]`."""
+    return x.unflatten(3, (-1, block)).permute(0, 2, 4, 1, 3, 5).flatten(3, 4)

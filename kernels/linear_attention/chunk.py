@@ -8,12 +8,15 @@ Chunks are taken `PIECE` at a time: few enough that what they make stays in the 
 token costs the same at any length, and many enough that Python's share is small.
 """
 
+from itertools import islice
+
 import torch
 from torch import Tensor
 
 from kernels.linear_attention.state import LinearState, divide
-from kernels.numerics import wide
+from kernels.numerics import contiguous, wide
 from kernels.packing import Chunks, chunk_table, token_slots
+from kernels.pieces import Pieces
 
 CHUNK = 64
 """C, tokens a chunk.
@@ -55,22 +58,25 @@ def linear_attention(
     normalize: bool,
     eps: float,
     size: int = CHUNK,
-    piece: int | None = None,
+    piece: int = PIECE,
 ) -> tuple[Tensor, LinearState]:
     """`kernels.linear_attention` in chunks of `size` tokens, `piece` at a time; arguments checked before."""
-    length, dtype = q.shape[1], v.dtype
-    piece = piece or max(1, PIECE // (k.shape[0] * k.shape[2]))
-    q, k, v = wide(q), wide(k), wide(v)
+    (batch, length), groups, dtype = q.shape[:2], k.shape[2], v.dtype
     if mask is not None:  # before any product, because 0 times NaN is NaN
         k, v = (torch.where(mask[:, :, None, None], x, 0) for x in (k, v))
     if cu_seqlens is None:
         q, k, v = (_cut(x, size) for x in (q, k, v))
-        outs, carry = [], initial
-        for rows, keys, values in zip(*(x.split(piece, 1) for x in (q, k, v)), strict=True):
-            keys, values = _by_head(keys), _by_head(values)
-            before, carry = _states(*_updates(keys, values), carry)
-            outs.append(_read(rows, keys, values, before, normalize, eps))
-        return torch.cat(outs, 1).flatten(1, 2)[:, :length].to(dtype), carry
+        pieces = Pieces.of(batch, q.shape[1], groups, piece, q.device)
+        given = zip(*(pieces.cut(x) for x in (q, k, v)), strict=True)
+        outs, states = [], []
+        for carry in map(LinearState, *(x.split(pieces.rows) for x in initial)):
+            for rows, keys, values in islice(given, pieces.steps):
+                keys, values = _by_head(keys), _by_head(values)
+                before, carry = _states(*_updates(keys, values), carry)
+                outs.append(_read(wide(rows), keys, values, before, normalize, eps).to(dtype))
+            states.append(carry)
+        out = pieces.join(outs).flatten(1, 2)[:, :length]
+        return out, LinearState(*map(torch.cat, zip(*states, strict=True)))
     chunks = chunk_table(cu_seqlens, length, size)
     slot = torch.arange(size, device=q.device)
     token = chunks.start[:, None] + slot
@@ -79,17 +85,18 @@ def linear_attention(
     q, k, v = (torch.where(within, x[0, token], 0).unsqueeze(0) for x in (q, k, v))
     outs, states = [], []
     held = LinearState(*(torch.zeros_like(x[:1]) for x in initial))
+    piece = max(1, piece // groups)
     places = torch.arange(q.shape[1], device=q.device).split(piece)
     pieces = zip(*(x.split(piece, 1) for x in (q, k, v)), places, strict=True)
     for rows, keys, values, place in pieces:
         keys, values = _by_head(keys), _by_head(values)
         before, after = _packed_states(*_updates(keys, values), held, initial, chunks, place)
-        outs.append(_read(rows, keys, values, before, normalize, eps))
+        outs.append(_read(wide(rows), keys, values, before, normalize, eps).to(dtype))
         states.append(after)
         held = LinearState(after.M[-1:], after.z[-1:])
     out = torch.cat(outs, 1).flatten(1, 2)[:, token_slots(cu_seqlens, chunks, length, size)]
     last = chunks.offsets[1:] - 1
-    return out.to(dtype), LinearState(*(torch.cat(x)[last] for x in zip(*states, strict=True)))
+    return out, LinearState(*(torch.cat(x)[last] for x in zip(*states, strict=True)))
 
 
 def _cut(x: Tensor, size: int) -> Tensor:
@@ -101,8 +108,8 @@ def _cut(x: Tensor, size: int) -> Tensor:
 
 
 def _by_head(x: Tensor) -> Tensor:
-    """`[B, N, C, G, X]` -> `[B, N, G, C, X]`, copied once here instead of by every product."""
-    return x.transpose(2, 3).contiguous()
+    """`[B, N, C, G, X]` -> `[B, N, G, C, X]` in fp32 or fp64, copied once here instead of by every product."""
+    return contiguous(x.transpose(2, 3))
 
 
 def _updates(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
