@@ -42,10 +42,15 @@ def cast_once(model: nn.Module, precision: str) -> Iterator[None]:
     try:
         if dtype != torch.float32:
             for module in model.modules():
-                if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+                if isinstance(module, nn.Linear) and _is_cast(module.weight):
                     held.append((module, module.weight))
                     module.weight = nn.Parameter(module.weight.detach().to(dtype), requires_grad=False)
         yield
     finally:
         for module, weight in held:
             module.weight = weight
+
+
+def _is_cast(weight: torch.Tensor) -> bool:
+    """Frozen, and numbers: four-bit weights are packed into bytes, and computed in what their layer says."""
+    return not weight.requires_grad and weight.is_floating_point()

@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -62,6 +63,8 @@ WRITTEN_OUT = {
     OWN: "the model is loaded with eager attention",
     WINDOW: "with a memory's denominator, a soft cap, learned sinks or training on a CPU no kernel serves",
 }
+UNSUPPORTED = " is not supported because:"
+"""How xFormers begins to say why it does not take one of its operators."""
 ALIGNED = 8
 """Keys to a multiple of which xFormers wants the memory of a mask laid out."""
 LENGTH = 24
@@ -215,11 +218,19 @@ def _settle(x: Tensor) -> None:
 
 
 def _reason(error: Exception, said: Sequence[warnings.WarningMessage]) -> str:
-    """One line: what torch warned of last, else the error's first line."""
+    """One line: what torch warned of last, else the error's first line, with what xFormers says below it."""
     told = [str(one.message).partition(" (Triggered")[0].strip() for one in said]
     told = [line for line in told if line and not line.endswith("because:")]
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     own = lines[0] if lines else type(error).__name__
+    # Of each operator of xFormers' the first of its reasons; the shapes between are in the layout.
+    first = [
+        f"{line.removesuffix(UNSUPPORTED)}: {reason}"
+        for line, reason in pairwise(lines)
+        if line.endswith(UNSUPPORTED)
+    ]
+    if first:
+        own = f"{own.removesuffix(' with inputs:')} ({'; '.join(first)})"
     vague = own.startswith(("No available kernel", "No viable backend"))
     if vague and not told:
         return "torch has no such kernel there"

@@ -24,7 +24,7 @@ SUPPORT = {
     "kernels.backend": ("chunk, triton", "chunk", "chunk"),
     "softmax_backend": ("flash, efficient, math, xformers", "flash, math", "torch's own"),
     "lora": ("unsloth, peft", "peft, unsloth 2026.10.9", "peft"),
-    "4-bit weights": ("bitsandbytes", "no", "no"),
+    "4-bit weights": ("bitsandbytes", "bitsandbytes", "untested"),
 }
 """What there is for CUDA, CPU and macOS."""
 

@@ -53,6 +53,18 @@ def test_fp32_changes_nothing():
         assert all(weight.dtype == torch.float32 for weight in model.parameters())
 
 
+def test_quantised_weights_are_not_cast():
+    """Four-bit weights are packed into bytes, two in one, which as numbers mean nothing."""
+    model = load_model(ModelConfig(kind="tiny")).model.requires_grad_(False)
+    layer = model.model.layers[0].mlp.up_proj
+    packed = torch.nn.Parameter(torch.arange(256, dtype=torch.uint8).view(128, 2), requires_grad=False)
+    layer.weight = packed
+    with cast_once(model, "bf16"):
+        assert layer.weight is packed
+        assert model.model.layers[0].mlp.down_proj.weight.dtype == torch.bfloat16
+    assert layer.weight is packed
+
+
 def test_the_kept_originals_are_not_rounded_by_half_precision():
     """`cast_once` shows the student's frozen weights in bf16; the teacher's own stay as they are."""
     model = load_model(ModelConfig(kind="tiny")).model.eval()

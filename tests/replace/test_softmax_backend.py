@@ -1,5 +1,6 @@
 """Which kernel computes what is left of softmax: forced, refused, or replaced where it has no backward."""
 
+import importlib.util
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +34,19 @@ FLASH = "_scaled_dot_product_flash_attention_for_cpu"
 WINDOWED = AttentionConfig(
     name="sliding_window", block=4, window=4, sinks=2, pairs=0, distance_cap=16, feature_map="elu"
 )
-MESSAGE = "No operator found for `memory_efficient_attention_backward` with inputs:"
+MESSAGE = """No operator found for `memory_efficient_attention_backward` with inputs:
+     query       : shape=(1, 24, 4, 16) (torch.float32)
+     p           : 0.0
+`fa2B@2.5.7-pt` is not supported because:
+    requires device with capability > (8, 0) but your GPU has capability (7, 5) (too old)
+    dtype=torch.float32 (supported: {torch.float16, torch.bfloat16})
+`ckB` is not supported because:
+    operator wasn't built - see `python -m xformers.info` for more info"""
+TOLD = (
+    "No operator found for `memory_efficient_attention_backward` "
+    "(`fa2B@2.5.7-pt`: requires device with capability > (8, 0) but your GPU has capability (7, 5) (too old)"
+    "; `ckB`: operator wasn't built - see `python -m xformers.info` for more info)"
+)
 # As documented: [B, T, H, D], a bias whose rows are laid out at multiples of 8, or a causal one.
 PACKAGE = """
 import torch
@@ -105,7 +118,6 @@ def kernels_of(chosen: dict, place: str) -> set[str]:
 @contextmanager
 def a_package(folder: Path, monkeypatch: pytest.MonkeyPatch, backward: str) -> Iterator[list]:
     """xFormers, as documented, on the path."""
-    import importlib
     import sys
 
     (folder / "xformers").mkdir()
@@ -299,6 +311,20 @@ def test_xformers_that_cannot_be_imported_is_refused(tmp_path: Path, monkeypatch
         validate(compose(["model=tiny", "softmax_backend=xformers"]))
 
 
+@pytest.mark.unsloth
+@pytest.mark.skipif(importlib.util.find_spec("xformers") is None, reason="xFormers is not installed")
+def test_the_real_xformers_has_no_operator_on_a_cpu_and_is_refused_in_one_sentence() -> None:
+    found = trials_of(torch.device("cpu"), torch.float32, 4, 2, 16)["xformers"]
+    assert found.forward is not None
+    assert found.forward.startswith("No operator found for `memory_efficient_attention_forward` (")
+    assert "device=cpu (supported: {'cuda'})" in found.forward
+    assert "\n" not in found.forward
+    if torch.cuda.is_available():
+        return
+    with pytest.raises(UserError, match=r"on a CPU there is no xformers: No operator found .*device=cpu"):
+        validate(compose(["model=tiny", "precision=fp32", "softmax_backend=xformers"]))
+
+
 def test_xformers_serves_the_layers_that_are_not_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -325,7 +351,7 @@ def test_xformers_without_a_backward_falls_back(
         a_step(model)
         assert not calls
     assert kernels_of(chosen, OWN) == {"flash"}
-    assert "No operator found" in chosen["left_out"]["xformers"]
+    assert f"it has no backward: {TOLD} (training, float32" in chosen["left_out"]["xformers"]
     assert "softmax_backend=xformers computes nothing here: flash, written out does instead." in caplog.text
 
 
