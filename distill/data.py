@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from replace.config import Config, StageBudget
 from replace.corpora import Document, blocks, token_ids
-from replace.episodes import HAYSTACKS, KINDS, HaystackSource, haystack, make_episode
+from replace.episodes import HAYSTACKS, KINDS, Episode, HaystackSource, TooShort, haystack, make_episode
 from replace.errors import bad_value
+from replace.phrasings import PHRASINGS
 
 
 @dataclass
@@ -38,10 +39,10 @@ class Batch:
 
 
 def check_text(documents: list[Document], tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
-    """Refuse text that is too short for a row of a stage that will run.
+    """Refuse text that is too short for a row of a stage that will run, and rows too short for an episode.
 
     Raises:
-        UserError: no training document has the tokens of the longest row.
+        UserError: no training document has the tokens of the longest row, or no needle fits into a row.
     """
     lengths = {number: getattr(config.budget, f"stage{number}") for number in config.stages}
     lengths = {number: budget.length for number, budget in lengths.items() if budget.tokens}
@@ -56,6 +57,36 @@ def check_text(documents: list[Document], tokenizer: PreTrainedTokenizerBase, co
         allowed = f"text with a training document of at least {lengths[number]} tokens, a row of "
         allowed += f"budget.stage{number}.length (the longest has {longest})"
         raise bad_value(field, value, allowed)
+    for number, length in lengths.items():
+        if _share(config, number):
+            _check_episodes(tokenizer, config, number, length)
+
+
+def _share(config: Config, number: int) -> float:
+    """The share of recall episodes among a stage's rows."""
+    return config.data.recall_transfer if number == 1 else config.data.recall
+
+
+def _clear(config: Config, length: int) -> int:
+    """Tokens between a needle and its answer, so that it lies outside of what is exact if the row allows."""
+    attention = config.attention
+    exact = attention.block + (0 if attention.local == "segment" else attention.window)
+    return min(exact, length // 3)
+
+
+def _check_episodes(tokenizer: PreTrainedTokenizerBase, config: Config, number: int, length: int) -> None:
+    """Every phrasing with one needle fits into a stage's row: how many tokens it takes, a tokenizer says."""
+    filler, clear = haystack("filler", [], tokenizer), _clear(config, length)
+    for kind in KINDS:
+        for index in range(len(PHRASINGS[kind]["train"])):
+            rng = random.Random(index)
+            try:
+                make_episode(tokenizer, rng, length, 0.5, kind, filler, clear=clear, phrasing=index)
+            except TooShort as error:
+                name = "recall_transfer" if number == 1 else "recall"
+                allowed = f"more than {error.least} tokens of this tokenizer, for a needle and its question, "
+                allowed += f"or data.{name}=0"
+                raise bad_value(f"budget.stage{number}.length", length, allowed) from error
 
 
 class Mixture:
@@ -81,8 +112,7 @@ class Mixture:
         self.rows = blocks(train, tokenizer, budget.length)
         self.budget, self.stage, self.share, self.seed = budget, stage, share, config.seed
         self.accumulate = config.stage.accumulate
-        attention = config.attention
-        self.clear = attention.block + (0 if attention.local == "segment" else attention.window)
+        self.clear = _clear(config, budget.length)
         self.haystacks: list[HaystackSource] = [haystack(name, train, tokenizer) for name in HAYSTACKS]
         order = torch.Generator().manual_seed(config.seed * 1000 + stage)
         self.order = torch.randperm(len(self.rows), generator=order)
@@ -106,19 +136,30 @@ class Mixture:
             ids = self.rows[int(self.order[number % len(self.order)])]
             return ids, torch.zeros_like(ids, dtype=torch.bool)
         rng = random.Random(f"{self.seed} {self.stage} {number}")
-        length = self.budget.length
-        episode = make_episode(
-            self.tokenizer,
-            rng,
-            length,
-            rng.random() * 0.9,
-            rng.choice(KINDS),
-            rng.choice(self.haystacks),
-            "train",
-            needles=rng.choice((1, 1, 2, 3)),
-            clear=min(self.clear, length // 3),
-        )
-        answers = torch.zeros(length, dtype=torch.bool)
+        episode = self._episode(rng)
+        answers = torch.zeros(self.budget.length, dtype=torch.bool)
         for part in episode.answers:
             answers[part] = True
         return episode.input_ids, answers
+
+    def _episode(self, rng: random.Random) -> Episode:
+        """An episode of one to three needles; a row that is too short for so many gets fewer."""
+        depth, kind, source = rng.random() * 0.9, rng.choice(KINDS), rng.choice(self.haystacks)
+        needles = rng.choice((1, 1, 2, 3))
+        while True:
+            try:
+                return make_episode(
+                    self.tokenizer,
+                    rng,
+                    self.budget.length,
+                    depth,
+                    kind,
+                    source,
+                    "train",
+                    needles=needles,
+                    clear=self.clear,
+                )
+            except TooShort:
+                needles -= 1
+                if not needles:
+                    raise

@@ -243,6 +243,9 @@ class Trial:
         """Stage 1 with its losses, rates and rows, in few steps and without checkpoints."""
         config, budget, device = self.config, self.config.budget.choice, self.model.device
         stage = transfer_stage(self.model, config)
+        if stage.idle is not None:
+            logger.warning("%s; the layers are measured as they are", stage.idle)
+            return
         size = StageBudget(budget.tokens, budget.batch, budget.length)
         share = config.data.recall_transfer
         mixture = Mixture(self.tokenizer, self.documents, config, size, stage=1, share=share)

@@ -48,12 +48,14 @@ class Stage:
         step: adds the gradients of a batch, scaled by its second argument, and returns the losses; a batch is
             what its rows are made of: `Batch`, or `Packed` for the adapters.
         names: the trainable parameters' names, what a checkpoint must hold.
+        idle: why there is nothing to learn; None where there is.
     """
 
     number: int
     groups: list[dict]
     step: Callable[[Any, float], StepResult]
     names: list[str]
+    idle: str | None = None
 
     @property
     def phase(self) -> str:
@@ -116,9 +118,27 @@ def local_groups(model: nn.Module, rates: dict[str, float], decay: float) -> tup
         for kind, p in kinds.items()
         if p
     ]
-    if not groups:
-        raise UserError("nothing is trainable: no layer is replaced, or all learning rates of stage.* are 0.")
+    if not wanted:
+        raise UserError("nothing is trainable: no layer is replaced.")
     return groups, names
+
+
+def why_idle(model: nn.Module, number: int, fields: dict[str, str], rates: dict[str, float]) -> str | None:
+    """Why a stage over the replaced layers has nothing to learn; None where it has.
+
+    Args:
+        fields: the fields of `stage.*` that hold the rates, by kind of parameter.
+    """
+    present = {kind_of(n) for m in replaced_layers(model).values() for n, _ in m.named_parameters()}
+    able = [kind for kind in fields if kind in present]
+    if any(rates[kind] for kind in able):
+        return None
+    settings = ", ".join(f"stage.{fields[kind]}=0" for kind in able)
+    return (
+        f"stage {number} ({NAMES[number]}) has nothing to learn: {settings} "
+        f"{'freezes' if len(able) == 1 else 'freeze'} all that its layers have to train "
+        f"({', '.join(f'{kind}s' for kind in able)}), and a rate above 0 would train it"
+    )
 
 
 def transfer_stage(model: PreTrainedModel, config: Config) -> Stage:
@@ -134,6 +154,8 @@ def transfer_stage(model: PreTrainedModel, config: Config) -> Stage:
         "score": stage.lr_score,
     }
     groups, names = local_groups(model, rates, stage.weight_decay)
+    fields = {"projection": "lr_projection1", "map": "lr_map1", "gate": "lr_gate", "score": "lr_score"}
+    idle = why_idle(model, 1, fields, rates)
     layers = replaced_layers(model)
     originals = conversion_of(model).originals
     last = max(layers)
@@ -210,7 +232,7 @@ def transfer_stage(model: PreTrainedModel, config: Config) -> Stage:
         losses["loss"] = losses["transfer"] + losses["score"]
         return losses | {f"layer_{i}": value for i, value in raw.items()}
 
-    return Stage(1, groups, step, names)
+    return Stage(1, groups, step, names, idle)
 
 
 def learns_map(layer: AttentionModule) -> bool:
@@ -250,7 +272,7 @@ def language_stage(
     Args:
         teacher: the unswapped model; None in stage 2, where the frozen originals are toggled in.
     """
-    stage = config.stage
+    stage, idle = config.stage, None
     if number == 2:
         rates = {
             "projection": stage.lr_projection2,
@@ -259,6 +281,8 @@ def language_stage(
             "score": 0.0,
         }
         groups, names = local_groups(model, rates, stage.weight_decay)
+        fields = {"projection": "lr_projection2", "map": "lr_map2", "gate": "lr_gate"}
+        idle = why_idle(model, 2, fields, rates)
     else:
         names, parameters = [], []
         for name, parameter in model.named_parameters():
@@ -307,7 +331,7 @@ def language_stage(
         (loss.total * scale).backward()
         return {"loss": float(loss.total.detach()), "kl": loss.kl, "ce": loss.ce, "answers": loss.answers}
 
-    return Stage(number, groups, step, names)
+    return Stage(number, groups, step, names, idle)
 
 
 def final_hidden(model: PreTrainedModel, inputs: dict) -> Tensor:

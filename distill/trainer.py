@@ -75,10 +75,21 @@ def train(model: nn.Module, stage: Stage, mixture: Rows, config: Config, run_dir
     if finished is not None:
         logger.info("%s is finished already and is taken from its checkpoint", stage.title)
         return finished["training"]
+    if stage.idle is not None:
+        return _left_out(model, stage, folder)
     with held() as hold:
         with cast_once(model, config.precision):
             training = _steps(model, stage, mixture, config, run_dir, log, hold)
         save_stage(folder, stage.names, model, {"training": training})
+    return training
+
+
+def _left_out(model: nn.Module, stage: Stage, folder: Path) -> dict:
+    """A stage that has nothing to learn counts as finished, so that others can begin after it."""
+    logger.warning("%s; it is left out", stage.idle)
+    training: dict[str, Any] = {"tokens": 0, "skipped_steps": 0, "clamped": 0, "nonfinite": 0}
+    training |= {"loss_first": None, "loss_last": None, "why": stage.idle}
+    save_stage(folder, stage.names, model, {"training": training})
     return training
 
 

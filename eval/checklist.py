@@ -80,10 +80,15 @@ def checklist(metrics: dict, log: Sequence[dict] = (), config: Mapping[str, Any]
 def patterns(metrics: dict) -> list[dict]:
     """The failure patterns that the stages were watched for: [{"phase", "seen": {name: step} or None}]."""
     return [
-        {"phase": name, "seen": phase["training"].get("patterns")}
-        for name, phase in metrics["phases"].items()
-        if "training" in phase
+        {"phase": name, "seen": training.get("patterns")}
+        for name, training in _trained(metrics["phases"]).items()
     ]
+
+
+def _trained(phases: Mapping[str, dict]) -> dict[str, dict]:
+    """The "training" of the phases that trained; a stage with nothing to learn did not."""
+    found = {name: phase["training"] for name, phase in phases.items() if "training" in phase}
+    return {name: training for name, training in found.items() if "why" not in training}
 
 
 def _box(section: str, box: str, limit: str, value: str | None, passed: bool | None, why: str) -> Box:
@@ -124,7 +129,7 @@ def _scale(student: dict) -> Box:
 
 
 def _finite(phases: dict) -> Box:
-    trained = [phase["training"] for phase in phases.values() if "training" in phase]
+    trained = list(_trained(phases).values())
     updates = sum(entry.get("nonfinite", 0) for entry in trained)
     skipped = sum(entry.get("skipped_steps", 0) for entry in trained)
     return _box(
@@ -215,7 +220,7 @@ def _scaling(replaced: Sequence[dict]) -> Box:
 
 def _clamp(replaced: Sequence[dict], phases: dict) -> Box:
     bounds = [row["clamp"] for row in replaced if row.get("clamp") is not None]
-    hits = sum(phase["training"].get("clamped", 0) for phase in phases.values() if "training" in phase)
+    hits = sum(training.get("clamped", 0) for training in _trained(phases).values())
     return _box(
         BUILDING,
         "updates are clamped",
@@ -227,7 +232,7 @@ def _clamp(replaced: Sequence[dict], phases: dict) -> Box:
 
 
 def _detection(phases: dict) -> Box:
-    trained = [phase["training"] for phase in phases.values() if "training" in phase]
+    trained = list(_trained(phases).values())
     counted = [entry for entry in trained if "nonfinite" in entry and "skipped_steps" in entry]
     return _box(
         BUILDING,
@@ -240,7 +245,7 @@ def _detection(phases: dict) -> Box:
 
 
 def _logged(log: Sequence[dict], phases: dict) -> Box:
-    trained = [name for name, phase in phases.items() if "training" in phase]
+    trained = list(_trained(phases))
     stages = {_called(line["stage"]).replace(" ", "") for line in log}
     return _box(
         BUILDING,

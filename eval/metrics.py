@@ -32,7 +32,8 @@ A phase is one of PHASES and has, as far as it was measured,
      "generation": {"episodes", "exact", "agrees"}, "seconds": {"<measurement>": seconds},
      "choice": of the teacher: the ranking of its layers, see replace.ranking, and "taken": layers,
      "training": {"tokens", "loss_first", "loss_last", "skipped_steps", "clamped", "nonfinite",
-                  "patterns": {"<of distill.watch>": step at which it was first seen}},
+                  "patterns": {"<of distill.watch>": step at which it was first seen},
+                  "why" of a stage that had nothing to learn, and only then},
      "tuning" (of lora): {"backend": peft or unsloth, "why", "targets", "rank", "data", "merge_difference",
                           "held_out": {"before", "after", "difference", "standard_error", "tokens", "rows"}}}
 

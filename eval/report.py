@@ -425,6 +425,8 @@ def _training(metrics: dict, log: Sequence[dict]) -> list[dict]:
 def _loss(entry: dict, lines: Sequence[dict]) -> str:
     """A stage's loss at its beginning and end: means, since one row says more of itself than of the model."""
     losses = [line["loss"] for line in lines if line.get("loss") is not None]
+    if "why" in entry:
+        return f"left out: {entry['why']}"
     if not losses:
         return f"{short(entry.get('loss_first'))} → {short(entry.get('loss_last'))} (first and last step)"
     tenth = max(1, len(losses) // 10)

@@ -55,6 +55,7 @@ def describe(config: Config, plan_for: PlanFor) -> str:
     ]
     for number, trained, tokens in zip((1, 2, 3), plan.trained, plan.tokens, strict=True):
         work = f"trains {trained:,} parameters on {tokens:,} tokens" if tokens else "left out"
+        work = "left out, since there is nothing to learn" if tokens and not trained else work
         lines.append(f"  stage {number}  {work}")
     if config.lora.kind != "none" and plan.tuned:
         words = f"{config.lora.kind}, rank {config.lora.rank}, {config.lora.data}"

@@ -42,6 +42,15 @@ DrawFacts = Callable[[random.Random, int, bool], list[tuple[str, str]]]
 """(random numbers, count, rare) -> so many pairs of a key and a value, all different."""
 
 
+class TooShort(UserError):
+    """A length that cannot hold an episode's facts and questions; `least` is about what they need."""
+
+    def __init__(self, length: int, least: int) -> None:
+        allowed = f"more than {least} tokens, so that sentences fit around the facts"
+        super().__init__(str(bad_value("episode length", length, allowed)))
+        self.least = least
+
+
 @dataclass
 class Episode:
     """One episode of T tokens; slices count tokens of `input_ids`.
@@ -160,7 +169,8 @@ def make_episode(
         draw: draws the facts, instead of `draw_facts` for `kind`.
 
     Raises:
-        UserError: an unknown name, or a length that cannot hold the facts and questions.
+        TooShort: a length that cannot hold the facts and questions.
+        UserError: an unknown name.
     """
     kinds = KINDS if wordings is None else (kind,)
     for name, value, allowed in (("kind", kind, kinds), ("phrasing_split", phrasing_split, SPLITS)):
@@ -182,10 +192,7 @@ def make_episode(
         if stretch is None or stretch.ends[0] > room - max(0, clear - answers[0].start):
             if attempt < 8:
                 continue
-            least = length - room + clear
-            raise bad_value(
-                "episode length", length, f"more than {least} tokens, so that sentences fit around the facts"
-            )
+            raise TooShort(length, length - room + clear)
         text = str(tokenizer.decode(stretch.ids)).lower()
         if not any(value.lower() in text for _, value in facts):
             break

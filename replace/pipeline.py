@@ -139,9 +139,10 @@ def _phases(
             mixture = _mixture(loaded, documents, config, number)
             training = train(model, _stage(model, config, number), mixture, config, run_dir, log)
             if result is not None:
-                seed(config.seed)
-                last = final == f"stage{number}"
-                result |= measure(model, tokenizer, config, phase=f"stage{number}", final=last, using=using)
+                name, last = f"stage{number}", final == f"stage{number}"
+                if last or "why" not in training:  # a model that learned nothing was measured before
+                    seed(config.seed)
+                    result |= measure(model, tokenizer, config, phase=name, final=last, using=using)
                 result["training"] = training
 
     if tunes(config):

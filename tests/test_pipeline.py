@@ -99,6 +99,35 @@ def test_the_continued_teacher_is_trained_on_the_same_tokens(tmp_path):
     assert {json.loads(line)["stage"] for line in lines} == {2, 3}
 
 
+def test_a_stage_with_nothing_to_learn_is_left_out_and_says_so(tmp_path, caplog):
+    """Window and sinks alone have no parameters of their own, and the projections are frozen."""
+    words = ["attention=sliding_window", "attention.pairs=0", "layers=all", "eval=perplexity"]
+    metrics = pipeline.run(compose([*TINY, *words]), tmp_path / "run")
+    assert list(metrics["phases"]) == ["teacher", "swapped", "stage1", "stage2", "stage3"]
+    idle, reason = metrics["phases"]["stage1"], "has nothing to learn: stage.lr_projection1=0"
+    assert idle["training"]["why"].startswith(f"stage 1 (transfer) {reason}")
+    assert idle["training"]["tokens"] == 0
+    assert idle["training"]["loss_first"] is idle["training"]["loss_last"] is None
+    assert "perplexity" not in idle.get("dev", idle), "the model is as it was"
+    assert f"stage 1 (transfer) {reason}" in caplog.text
+    assert metrics["phases"]["stage2"]["training"]["tokens"] > 0
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert reason in report
+    boxes = {box["box"]: box for box in metrics["checklist"]}
+    assert boxes["training is logged"]["passed"]
+    assert boxes["training is logged"]["value"].endswith("of 2 stages")
+    later = compose([*TINY, *words, f"source={tmp_path / 'run'}", "stages=[2]"])
+    again = pipeline.run(later, tmp_path / "later")
+    assert again["phases"]["stage2"]["training"] == metrics["phases"]["stage2"]["training"]
+
+
+def test_a_last_stage_with_nothing_to_learn_is_measured(tmp_path):
+    words = ["attention=sliding_window", "attention.pairs=0", "layers=all", "eval=perplexity", "stages=[1]"]
+    metrics = pipeline.run(compose([*TINY, *words]), tmp_path / "run")
+    assert metrics["phases"]["stage1"]["perplexity"]
+    assert metrics["phases"]["stage1"]["training"]["why"]
+
+
 def _interrupt(batch, scale):
     raise KeyboardInterrupt
 

@@ -9,8 +9,9 @@ wherever in a file it stands.
 import ast
 import importlib
 import importlib.util
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 
@@ -93,10 +94,12 @@ def source_of(module: str) -> str:
     return Path(spec.origin).read_text(encoding="utf-8")
 
 
+@lru_cache(maxsize=1024)  # an export asks three times for each of its modules
 def _own_imports(
     module: str, source: str, roots: frozenset[str]
-) -> Iterator[tuple[ast.Import | ast.ImportFrom, list[Target]]]:
+) -> list[tuple[ast.Import | ast.ImportFrom, list[Target]]]:
     """Each import statement of a module that reaches into `roots`, with what it binds."""
+    found: list[tuple[ast.Import | ast.ImportFrom, list[Target]]] = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             ours = [alias for alias in node.names if top(alias.name) in roots]
@@ -107,11 +110,13 @@ def _own_imports(
                     f"{module}, line {node.lineno}: {ast.unparse(node)!r} cannot be exported; "
                     "write `from package.module import name`."
                 )
-            yield node, [Target(alias.name, None, alias.asname or alias.name) for alias in ours]
+            targets = [Target(alias.name, None, alias.asname or alias.name) for alias in ours]
+            found.append((node, targets))
         elif isinstance(node, ast.ImportFrom):
             base = _absolute(module, node)
             if top(base) in roots:
-                yield node, [_target(base, alias) for alias in node.names]
+                found.append((node, [_target(base, alias) for alias in node.names]))
+    return found
 
 
 def _absolute(module: str, node: ast.ImportFrom) -> str:

@@ -165,11 +165,27 @@ def test_groups_have_their_own_rates_and_gates_do_not_decay():
     assert kind_of("q_proj.weight") == "projection"
 
 
-def test_a_stage_without_anything_to_train_is_refused():
+def test_a_stage_without_anything_to_train_says_what_is_frozen():
     model = small_model()
     swap(model, SwapSpec({0: options("sliding_window", pairs_score="key_norm")}), keep_originals=True)
-    with pytest.raises(UserError, match="nothing is trainable"):
-        transfer_stage(model, config_with(lr_projection1=0.0))
+    stage = transfer_stage(model, config_with(lr_projection1=0.0))
+    assert stage.groups == stage.names == []
+    assert stage.idle == (
+        "stage 1 (transfer) has nothing to learn: stage.lr_projection1=0 freezes all that its layers have "
+        "to train (projections), and a rate above 0 would train it"
+    )
+    model = small_model()
+    swap(model, SwapSpec({0: options()}), keep_originals=True)
+    frozen = config_with(lr_projection2=0.0, lr_map2=0.0, lr_gate=0.0)
+    assert "stage.lr_projection2=0, stage.lr_map2=0, stage.lr_gate=0 freeze all" in str(
+        language_stage(model, frozen, 2).idle
+    )
+    assert language_stage(model, config_with(), 2).idle is None
+
+
+def test_a_model_in_which_nothing_is_replaced_is_refused():
+    with pytest.raises(UserError, match="no layer is replaced"):
+        language_stage(small_model(), config_with(), 2)
 
 
 def test_gradients_reach_every_gate_at_initialisation():

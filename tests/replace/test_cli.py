@@ -408,6 +408,11 @@ def test_a_dry_run_tells_and_writes_nothing(capsys: pytest.CaptureFixture[str]) 
     assert not list(Path().iterdir())
 
 
+def test_a_dry_run_tells_that_there_is_nothing_to_learn(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["+exp=window", "stage.lr_projection1=0", "dry_run=true"]) == 0
+    assert "  stage 1  left out, since there is nothing to learn\n" in capsys.readouterr().out
+
+
 def test_a_dry_run_tells_what_a_choice_of_layers_costs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["+exp=infini", "layers=auto", "layers.k=8", "layers.search=greedy", "dry_run=true"]) == 0
     said = capsys.readouterr().out
