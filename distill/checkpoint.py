@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from distill.sharding import like, whole
 from replace import ranks
 from replace.files import atomic_folder, atomic_write
 
@@ -46,7 +47,7 @@ def save_step(
     for group in optimizer.param_groups:
         for index, parameter in enumerate(group["params"]):
             for key, value in optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer.{group['name']}.{index}.{key}"] = torch.as_tensor(value)
+                tensors[f"optimizer.{group['name']}.{index}.{key}"] = whole(torch.as_tensor(value))
     if not ranks.is_main():
         return
     newest = folder / f"step-{progress.step:07d}"
@@ -72,7 +73,7 @@ def load_step(
             state = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
             if state:  # the count of steps stays on the CPU, where the optimizer keeps it
                 optimizer.state[parameter] = {
-                    key: value if key == "step" else value.to(parameter.device)
+                    key: value if key == "step" else like(parameter, value)
                     for key, value in state.items()
                 }
     return Progress(about["step"], about["counters"])
@@ -131,7 +132,7 @@ def load_last(run: Path, model: nn.Module, adopted: Path | None = None) -> tuple
 def _parameters(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
     """Named parameters, detached and on the CPU."""
     present = dict(model.named_parameters())
-    return {name: present[name].detach().cpu().contiguous() for name in names}
+    return {name: whole(present[name]).detach().cpu().contiguous() for name in names}
 
 
 def _restore(model: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -139,7 +140,7 @@ def _restore(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     present = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in tensors.items():
-            present[name].copy_(value)
+            present[name].copy_(like(present[name], value))
 
 
 def _write(folder: Path, tensors: dict[str, Tensor], about: dict) -> None:

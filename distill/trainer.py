@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from distill.checkpoint import Progress, load_stage, load_step, save_stage, save_step
+from distill.sharding import clip_gradients, in_shards
 from distill.stages import LORA, NAMES, Stage, StepResult, replaced_layers
 from distill.watch import Watch
 from replace.config import Config
@@ -85,7 +87,9 @@ def train(model: nn.Module, stage: Stage, mixture: Rows, config: Config, run_dir
         return finished["training"]
     with held() as hold:
         rows = getattr(config.budget, stage.phase).batch
-        with cast_once(model, config.precision), ranks.teamed(rows, config.stage.accumulate) as team:
+        # A shard is gathered in the dtype that it has.
+        cast = nullcontext() if in_shards(model) else cast_once(model, config.precision)
+        with cast, ranks.teamed(rows, config.stage.accumulate) as team:
             training = _steps(model, stage, mixture, config, run_dir, log, hold, team)
         save_stage(folder, stage.names, model, {"training": training})
     return training
@@ -104,7 +108,10 @@ def _steps(
     """The steps that are left of a stage; returns its counters."""
     options, folder = config.stage, run_dir / "checkpoints" / stage.phase
     device = next(model.parameters()).device
-    optimizer = torch.optim.AdamW(stage.groups, betas=(0.9, 0.99))
+    # One group may hold shards beside what is whole, which no fused form takes.
+    optimizer = torch.optim.AdamW(
+        stage.groups, betas=(0.9, 0.99), foreach=False if in_shards(model) else None
+    )
     base = [group["lr"] for group in optimizer.param_groups]
     # Half precision's range is too small for gradients as they are; bf16 and fp32 need no scaling.
     half = dtype_of(config.precision, device) == torch.float16
@@ -148,7 +155,7 @@ def _steps(
         last = ranks.sum_figures(shares, device)
         ranks.sum_gradients(trainable)
         scaler.unscale_(optimizer)
-        norm = float(nn.utils.clip_grad_norm_(trainable, options.clip))
+        norm = clip_gradients(trainable, options.clip)
         healthy = math.isfinite(norm) and math.isfinite(last["loss"])
         if healthy:
             scaler.step(optimizer)

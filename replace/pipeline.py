@@ -19,6 +19,7 @@ from distill.continued import continued_stage
 from distill.data import Mixture, check_text
 from distill.lora.tune import check_tuning, tune, tunes
 from distill.selection import rank
+from distill.sharding import shard, shards
 from distill.stages import Stage, check_head, language_stage, transfer_stage
 from distill.trainer import train
 from eval.ablation import mixers as mixers_of
@@ -141,7 +142,9 @@ def _phases(
     for number in todo:
         with phase(metrics, run_dir, f"stage{number}", log) as result:
             mixture = _mixture(loaded, documents, config, number)
-            training = train(model, _stage(model, config, number), mixture, config, run_dir, log)
+            with shards(model, number, ranks.sharded()) as subject:
+                stage = _stage(subject, config, number)
+                training = train(subject, stage, mixture, config, run_dir, log)
             if result is not None:
                 seed(config.seed)
                 last = final == f"stage{number}"
@@ -212,10 +215,11 @@ def continued_teacher(
         folder.mkdir(exist_ok=True)
     trained = []
     for number in sorted(set(todo) & {2, 3}):
-        stage = continued_stage(model, config, number, layers)
-        if stage is not None:
-            mixture = _mixture(loaded, documents, config, number)
-            trained.append(train(model, stage, mixture, config, folder, NoLogger()))
+        with shards(model, number, ranks.sharded()) as subject:
+            stage = continued_stage(subject, config, number, layers)
+            if stage is not None:
+                mixture = _mixture(loaded, documents, config, number)
+                trained.append(train(subject, stage, mixture, config, folder, NoLogger()))
     name = "continued_teacher"
     result = measure(model, loaded.tokenizer, config, phase=name, final=False, using=using)
     if trained:
@@ -408,6 +412,8 @@ def _stage(model: PreTrainedModel, config: Config, number: int) -> Stage:
     teacher = load_model(config.model).model
     teacher.to(model.device)  # type: ignore[arg-type]  # transformers' decorated `to`
     teacher.eval().requires_grad_(False)
+    if ranks.sharded():
+        shard(teacher, set())
     return language_stage(model, config, number, teacher)
 
 

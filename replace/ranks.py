@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from replace.config import Config
 from replace.errors import bad_value
@@ -233,6 +234,7 @@ def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
     One that only some ranks have, as of an expert that no token of a rank's was sent to, is 0 on the others;
     one that no rank has stays none, as in one process.
     """
+    parameters = [p for p in parameters if not isinstance(p, DTensor)]  # shards are summed in the backward
     if world() == 1 or not parameters:
         return
     device = parameters[0].device
@@ -272,7 +274,8 @@ def same_start(parameters: Sequence[Tensor]) -> None:
         return
     with _together():
         for parameter in parameters:
-            dist.broadcast(parameter, 0)
+            if not isinstance(parameter, DTensor):
+                dist.broadcast(parameter, 0)
 
 
 def most(number: int) -> int:
