@@ -14,12 +14,19 @@ import socket
 import sys
 import time
 import traceback
+from functools import partial
 
 import torch
 
-import replace.pipeline
+import distill.trainer
+import replace.pipeline  # noqa: F401  # for the children's sake
 from replace import __main__ as start
 from replace import ranks
+
+EPS = 1e-2
+"""AdamW's own divides what is all but 0 by itself, and so makes a step of it that rounding decides. With this one
+a step is in proportion to the gradient: rounding does not show, and a gradient of the wrong scale does.
+"""
 
 
 def child(job, rank, port):
@@ -36,6 +43,8 @@ def child(job, rank, port):
         start.hush()
     if job.get("shards"):
         ranks.sharded = lambda: True
+    distill.trainer.LOG_EVERY = 1
+    torch.optim.AdamW = partial(torch.optim.AdamW, eps=EPS)
     code = 1  # what an error that nothing caught leaves
     try:
         code = start.main(job["arguments"])
