@@ -2,7 +2,8 @@
 
 A checkpoint is a folder with state.safetensors, whose header also holds the counters, so that one checksum
 covers all that is read, and about.json: the checksum, and the counters once more for a person. Nothing is
-ever unpickled.
+ever unpickled. Of several ranks the first alone reads and writes, so that any number of them goes on where any
+other number stopped.
 """
 
 import hashlib
@@ -17,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from distill.sharding import like, whole
+from replace import ranks
 from replace.files import atomic_folder, atomic_write
 
 logger = logging.getLogger(__name__)
@@ -44,7 +47,9 @@ def save_step(
     for group in optimizer.param_groups:
         for index, parameter in enumerate(group["params"]):
             for key, value in optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer.{group['name']}.{index}.{key}"] = torch.as_tensor(value)
+                tensors[f"optimizer.{group['name']}.{index}.{key}"] = whole(torch.as_tensor(value))
+    if not ranks.is_main():
+        return
     newest = folder / f"step-{progress.step:07d}"
     _write(newest, tensors, {"step": progress.step, "counters": progress.counters})
     present = sorted(folder.glob("step-*"))
@@ -57,38 +62,38 @@ def load_step(
     folder: Path, names: list[str], model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> Progress | None:
     """Go on from the newest whole checkpoint inside a stage; None if there is none."""
-    for path in sorted(folder.glob("step-*"), reverse=True):
-        read = _read(path)
-        if read is None:
-            logger.warning("checkpoint %s is damaged; the one before it is used", path.name)
-            continue
-        tensors, about = read
-        _restore(model, {name: tensors[name] for name in names})
-        for group in optimizer.param_groups:
-            for index, parameter in enumerate(group["params"]):
-                start = f"optimizer.{group['name']}.{index}."
-                state = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
-                if state:  # the count of steps stays on the CPU, where the optimizer keeps it
-                    optimizer.state[parameter] = {
-                        key: value if key == "step" else value.to(parameter.device)
-                        for key, value in state.items()
-                    }
-        return Progress(about["step"], about["counters"])
-    return None
+    read = ranks.by_main_read(lambda: _newest(folder))
+    if read is None:
+        return None
+    tensors, about = read
+    _restore(model, {name: tensors[name] for name in names})
+    for group in optimizer.param_groups:
+        for index, parameter in enumerate(group["params"]):
+            start = f"optimizer.{group['name']}.{index}."
+            state = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
+            if state:  # the count of steps stays on the CPU, where the optimizer keeps it
+                optimizer.state[parameter] = {
+                    key: value if key == "step" else like(parameter, value)
+                    for key, value in state.items()
+                }
+    return Progress(about["step"], about["counters"])
 
 
 def save_stage(folder: Path, names: list[str], model: nn.Module, about: dict) -> None:
     """Write a finished stage's parameters to `folder/final`; the checkpoints inside the stage go."""
-    _write(folder / "final", _parameters(model, names), about)
+    tensors = _parameters(model, names)
+    if not ranks.is_main():
+        return
+    _write(folder / "final", tensors, about)
     for old in folder.glob("step-*"):
         _remove(old)
 
 
 def load_stage(folder: Path, model: nn.Module) -> dict | None:
     """Take over a finished stage's parameters and return what `save_stage` was told; None if unfinished."""
-    read = _read(folder / "final")
+    read = ranks.by_main_read(lambda: _read(folder / "final"))
     if read is None:
-        if (folder / "final").is_dir():
+        if ranks.is_main() and (folder / "final").is_dir():
             logger.warning("the final checkpoint of %s is damaged; the stage is done again", folder.name)
         return None
     tensors, about = read
@@ -127,7 +132,7 @@ def load_last(run: Path, model: nn.Module, adopted: Path | None = None) -> tuple
 def _parameters(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
     """Named parameters, detached and on the CPU."""
     present = dict(model.named_parameters())
-    return {name: present[name].detach().cpu().contiguous() for name in names}
+    return {name: whole(present[name]).detach().cpu().contiguous() for name in names}
 
 
 def _restore(model: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -135,7 +140,7 @@ def _restore(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     present = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in tensors.items():
-            present[name].copy_(value)
+            present[name].copy_(like(present[name], value))
 
 
 def _write(folder: Path, tensors: dict[str, Tensor], about: dict) -> None:
@@ -158,6 +163,16 @@ def _read(folder: Path) -> tuple[dict[str, Tensor], dict] | None:
     except (OSError, ValueError, TypeError, KeyError, SafetensorError):
         return None
     return tensors, written if about is None else json.loads(about)  # none: of an earlier version
+
+
+def _newest(folder: Path) -> tuple[dict[str, Tensor], dict] | None:
+    """The newest whole checkpoint inside a stage; None if there is none."""
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        read = _read(path)
+        if read is not None:
+            return read
+        logger.warning("checkpoint %s is damaged; the one before it is used", path.name)
+    return None
 
 
 def _remove(folder: Path) -> None:

@@ -37,6 +37,11 @@ class Batch:
         padding = None if self.padding is None else self.padding.to(device)
         return Batch(self.input_ids.to(device), self.answers.to(device), padding)
 
+    def rows(self, part: slice) -> "Batch":
+        """Some of the rows."""
+        padding = None if self.padding is None else self.padding[part]
+        return Batch(self.input_ids[part], self.answers[part], padding)
+
 
 def check_text(documents: list[Document], tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
     """Refuse text that is too short for a row of a stage that will run, and rows too short for an episode.

@@ -1,4 +1,7 @@
-"""The losses: transfer losses per layer, the score loss, and the language-model objective in chunks."""
+"""The losses: transfer losses per layer, the score loss, and the language-model objective in chunks.
+
+Where ranks share the rows of a batch, each loss here is a rank's share of the one over all of them.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from replace import ranks
 from replace.errors import bad_value
 from replace.observe import Attending
 
@@ -36,18 +40,19 @@ def transfer_loss(kind: str, student: Tensor, teacher: Tensor, real: Tensor | No
     s, t = student.float(), teacher.float()
     if real is not None:
         s, t = s[real], t[real]
+    own = ranks.share(t)
     if kind == "mse":
-        raw = F.mse_loss(s, t)
+        raw = own * F.mse_loss(s, t)
     elif kind == "huber":
-        deviation = t.std().clamp_min(1e-6)
-        loss = F.huber_loss(s / deviation, t / deviation)
+        deviation = ranks.variance(t).sqrt().clamp_min(1e-6)
+        loss = own * F.huber_loss(s / deviation, t / deviation)
         return loss, loss.detach() * deviation.square()
     elif kind == "cosine":
-        raw = 1 - F.cosine_similarity(s, t, dim=-1).mean()
+        raw = own * (1 - F.cosine_similarity(s, t, dim=-1).mean())
         return raw, raw.detach()
     else:
         raise bad_value("stage.transfer_loss", kind, ["mse", "huber", "cosine"])
-    return raw / t.var().clamp_min(1e-12), raw.detach()
+    return raw / ranks.variance(t).clamp_min(1e-12), raw.detach()
 
 
 def weights_loss(phi_q: Tensor, phi_k: Tensor, attending: Attending) -> Tensor:
@@ -84,7 +89,7 @@ def weights_loss(phi_q: Tensor, phi_k: Tensor, attending: Attending) -> Tensor:
         known = slice(0, start + QUERIES)
         arguments = (phi_q[:, :, start : start + QUERIES], phi_k[:, :, known], real[:, known])
         total = total + checkpoint(part, *arguments, use_reentrant=False)
-    return total / (heads * real.sum().clamp_min(1))
+    return total / (heads * ranks.total(real.sum()).clamp_min(1))
 
 
 def score_loss(score: Tensor, later: Tensor, keep: int, sinks: int) -> Tensor:
@@ -101,7 +106,7 @@ def score_loss(score: Tensor, later: Tensor, keep: int, sinks: int) -> Tensor:
     top = ranked.topk(min(keep, ranked.shape[-1]), dim=-1).indices
     target = torch.zeros_like(score).scatter_(-1, top, 1.0)
     loss = F.binary_cross_entropy_with_logits(score, target, reduction="none")
-    return (loss * known).sum() / known.sum().clamp_min(1)
+    return (loss * known).sum() / ranks.total(known.sum()).clamp_min(1)
 
 
 @dataclass
@@ -165,7 +170,8 @@ def language_loss(
             answer[piece],
         )
         total = total + checkpoint(part, *arguments, use_reentrant=False)
-    tokens, asked = counted.sum().clamp_min(1), answer.sum()
+    tokens, asked = ranks.total(torch.stack([counted.sum(), answer.sum()]))
+    tokens = tokens.clamp_min(1)
     kl, ce = total[0] / tokens, total[1] / tokens
     on_answers = total[2] / asked.clamp_min(1)
     text = {"kl": kl, "ce": ce, "mix": (kl + ce) / 2}[objective]

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from distill.data import Batch
@@ -160,6 +161,7 @@ def transfer_stage(model: PreTrainedModel, config: Config) -> Stage:
     originals = conversion_of(model).originals
     last = max(layers)
     decoder = model.get_decoder()
+    whole_pass = any(isinstance(module, FSDPModule) for module in model.modules())  # shards must be put back
     # A layer with nothing new but a score (its projections frozen) has no use for a backward.
     learning = {
         index
@@ -216,7 +218,7 @@ def transfer_stage(model: PreTrainedModel, config: Config) -> Stage:
                     total = total + taught
                 if total.requires_grad:
                     (total * scale / len(layers)).backward()
-            if index == last:
+            if index == last and not whole_pass:
                 raise Stop
 
         hooks = [originals[i].register_forward_hook(learn, with_kwargs=True) for i in layers]

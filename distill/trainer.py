@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,9 +13,11 @@ from torch import nn
 from tqdm import tqdm
 
 from distill.checkpoint import Progress, load_stage, load_step, save_stage, save_step
+from distill.sharding import clip_gradients, in_shards
 from distill.stages import LORA, NAMES, Stage, StepResult, replaced_layers
 from distill.watch import Watch
 from replace.config import Config
+from replace import ranks
 from replace.errors import UserError
 from replace.files import atomic_write
 from replace.interrupt import Hold, held
@@ -35,7 +38,8 @@ class Rows(Protocol):
         """Optimizer steps of the stage."""
 
     def batch(self, step: int, accumulate: int = 1, part: int = 0) -> Any:
-        """The rows of a step, or of one of its parts: with `input_ids` and `to(device)`."""
+        """The rows of a step, or of one of its parts: with `input_ids`, `rows(slice)`
+        and `to(device)`."""
 
 
 def learning_rate(step: int, steps: int, warmup: float) -> float:
@@ -52,6 +56,12 @@ def counts(model: nn.Module) -> tuple[int, int]:
     clamped = sum(int(getattr(mixer, "clamped", 0)) for mixer in mixers)
     nonfinite = sum(int(getattr(mixer, "nonfinite", 0)) for mixer in mixers)
     return clamped, nonfinite
+
+
+def _counted(model: nn.Module, device: torch.device) -> tuple[int, int]:
+    """`counts` of all ranks together."""
+    sums = ranks.sum_figures(dict(zip(("clamped", "nonfinite"), counts(model), strict=True)), device)
+    return int(sums["clamped"]), int(sums["nonfinite"])
 
 
 def vocabulary_of(model: nn.Module) -> int | None:
@@ -78,8 +88,11 @@ def train(model: nn.Module, stage: Stage, mixture: Rows, config: Config, run_dir
     if stage.idle is not None:
         return _left_out(model, stage, folder)
     with held() as hold:
-        with cast_once(model, config.precision):
-            training = _steps(model, stage, mixture, config, run_dir, log, hold)
+        rows = getattr(config.budget, stage.phase).batch
+        # A shard is gathered in the dtype that it has.
+        cast = nullcontext() if in_shards(model) else cast_once(model, config.precision)
+        with cast, ranks.teamed(rows, config.stage.accumulate) as team:
+            training = _steps(model, stage, mixture, config, run_dir, log, hold, team)
         save_stage(folder, stage.names, model, {"training": training})
     return training
 
@@ -101,11 +114,15 @@ def _steps(
     run_dir: Path,
     log: Logger,
     hold: Hold,
+    team: ranks.Team,
 ) -> dict:
     """The steps that are left of a stage; returns its counters."""
     options, folder = config.stage, run_dir / "checkpoints" / stage.phase
     device = next(model.parameters()).device
-    optimizer = torch.optim.AdamW(stage.groups, betas=(0.9, 0.99))
+    # One group may hold shards beside what is whole, which no fused form takes.
+    optimizer = torch.optim.AdamW(
+        stage.groups, betas=(0.9, 0.99), foreach=False if in_shards(model) else None
+    )
     base = [group["lr"] for group in optimizer.param_groups]
     # Half precision's range is too small for gradients as they are; bf16 and fp32 need no scaling.
     half = dtype_of(config.precision, device) == torch.float16
@@ -115,11 +132,12 @@ def _steps(
     scaler = torch.amp.GradScaler(device.type, enabled=half)
     scaler.load_state_dict(counters.pop("scaler", scaler.state_dict()))
     scaler.scale(torch.zeros((), device=device))  # sets it up: the stages multiply by its scale themselves
-    start_counts, carried = counts(model), (counters["clamped"], counters["nonfinite"])
+    start_counts, carried = _counted(model, device), (counters["clamped"], counters["nonfinite"])
     watch = Watch(stage.title, steps, vocabulary_of(model), counters.setdefault("patterns", {}))
     watch.go_on(counters.pop("watched", {}))
     skipped_in_row, began, tokens_begun = 0, time.perf_counter(), counters["tokens"]
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
+    ranks.same_start(trainable)
     model.train()
     bar = tqdm(
         range(progress.step, steps),
@@ -127,23 +145,28 @@ def _steps(
         total=steps,
         desc=f"{stage.title}: {NAMES[stage.number]}",
         leave=False,
+        disable=not ranks.is_main(),
     )
     last: StepResult = {}
     for step in bar:
         # A step's random numbers depend on seed, stage and step alone, so there is no state of them to keep.
-        torch.manual_seed(((config.seed << 2) + stage.number << 28) + step)
+        # No rank drops out what another does.
+        torch.manual_seed(((config.seed << 2) + stage.number << 28) + step ^ ranks.rank() << 48)
         factor = learning_rate(step, steps, options.warmup)
         for group, rate in zip(optimizer.param_groups, base, strict=True):
             group["lr"] = rate * factor
         parts: list[StepResult] = []
-        for part in range(options.accumulate):
-            batch = mixture.batch(step, options.accumulate, part).to(device)
+        for part in team.parts(options.accumulate):
+            rows = mixture.batch(step, options.accumulate, part)
+            batch = rows.rows(team.share(len(rows.input_ids))).to(device)
             with autocast(config.precision, device):
                 parts.append(stage.step(batch, scaler.get_scale() / options.accumulate))
-            counters["tokens"] += batch.input_ids.numel()
-        last = {key: sum(part[key] for part in parts) / len(parts) for key in parts[0]}
+            counters["tokens"] += rows.input_ids.numel() * team.teams
+        shares = {key: sum(part[key] for part in parts) / options.accumulate for key in parts[0]}
+        last = ranks.sum_figures(shares, device)
+        ranks.sum_gradients(trainable)
         scaler.unscale_(optimizer)
-        norm = float(nn.utils.clip_grad_norm_(trainable, options.clip))
+        norm = clip_gradients(trainable, options.clip)
         healthy = math.isfinite(norm) and math.isfinite(last["loss"])
         if healthy:
             scaler.step(optimizer)
@@ -163,7 +186,7 @@ def _steps(
             )
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        now = counts(model)
+        now = _counted(model, device)
         counters["clamped"] = carried[0] + now[0] - start_counts[0]
         counters["nonfinite"] = carried[1] + now[1] - start_counts[1]
         watch(step, last, norm, finite=healthy and not counters["nonfinite"])
@@ -179,6 +202,7 @@ def _steps(
         if step % LOG_EVERY == 0 or step == steps - 1:
             rate = (counters["tokens"] - tokens_begun) / max(1e-9, time.perf_counter() - began)
             _log_step(run_dir, log, stage, step, last, counters, base[0] * factor, rate)
+        hold.code = ranks.most(hold.code or 0) or None
         due = (step + 1) % options.checkpoint_every == 0 or hold.code is not None
         if due and step + 1 < steps:
             kept = {"scaler": scaler.state_dict(), "watched": watch.state()}
@@ -190,7 +214,7 @@ def _steps(
 def forget_steps(run_dir: Path, stage: int, step: int) -> None:
     """Drop what an interrupted try logged after the checkpoint from which the stage goes on."""
     path = run_dir / "train.jsonl"
-    if not path.exists():
+    if not ranks.is_main() or not path.exists():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -228,6 +252,8 @@ def _log_step(
         "clamped": counters["clamped"],
         "nonfinite": counters["nonfinite"],
     }
+    if not ranks.is_main():
+        return
     with (run_dir / "train.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
     log.log(

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from eval.probes import probe
 from eval.speed import decode_speed, kept_bytes
 from eval.stored import kept
 from eval.verdict import CONTROL, recovery, verdict
+from replace import ranks
 from replace.config import Config
 from replace.corpora import PERPLEXITY_BOOKS, Document, load_documents
 from replace.episodes import Episode, HaystackSource, haystack, make_episode
@@ -168,29 +170,10 @@ def measure(
                 figures = _figures(model, tokenizer, config, plan.dev, using.dev, seconds, phase, "dev ")
                 result |= {"dev": figures} if figures else {}
             if result.get("ablation") and final:
-                result["ablation"] |= _unmeasured(config, result["ablation"], parts)
-            if plan.probes:
-                with _timed(seconds, phase, "probes"):
-                    result["probes"] = probe(model, tokenizer)
-            if phase == "teacher":
-                keep_teacher(model, tokenizer, config, using)
-            if plan.layer_outputs and using.reference is not None:
-                with _timed(seconds, phase, "layer_outputs"):
-                    result["layer_outputs"] = layer_outputs(model, using.reference)
-            if plan.generated and plan.grids:
-                with _timed(seconds, phase, "generation"):
-                    cell = plan.grids[0].cells[0]
-                    drawn = episodes_of(cell, using.make, plan.generated, SEED)
-                    result["generation"] = generated(model, tokenizer, drawn)
-            if plan.state_lengths or plan.decode_lengths:
-                with _timed(seconds, phase, "speed"):
-                    result["speed"] = {
-                        "state": kept_bytes(model, list(plan.state_lengths)),
-                        "decode": decode_speed(model, list(plan.decode_lengths)),
-                    }
-            for name in config.eval.more if final or phase == "teacher" else ():
-                with _timed(seconds, phase, name):
-                    result |= kept(MEASUREMENTS.get(name))(model, tokenizer, config, using)
+                measured = result["ablation"]
+                measured |= ranks.by_main(lambda: _unmeasured(config, measured, parts))
+            # The rest is small, or a timing that others would disturb.
+            result |= ranks.by_main(lambda: _more(model, tokenizer, config, plan, using, seconds, phase, final))
     finally:
         model.train(training)
         for parameter in trained:
@@ -200,6 +183,43 @@ def measure(
     )
     result["test_reads"] = int(on_test)
     result["seconds"] = seconds
+    return result
+
+
+def _more(
+    model,
+    tokenizer,
+    config: Config,
+    plan: Plan,
+    using: Yardstick,
+    seconds: dict[str, float],
+    phase: str,
+    final: bool,
+) -> dict:
+    """What is measured besides texts and episodes; keeps in `using` what later phases need of the teacher."""
+    result: dict = {}
+    if plan.probes:
+        with _timed(seconds, phase, "probes"):
+            result["probes"] = probe(model, tokenizer)
+    if phase == "teacher":
+        keep_teacher(model, tokenizer, config, using)
+    if plan.layer_outputs and using.reference is not None:
+        with _timed(seconds, phase, "layer_outputs"):
+            result["layer_outputs"] = layer_outputs(model, using.reference)
+    if plan.generated and plan.grids:
+        with _timed(seconds, phase, "generation"):
+            cell = plan.grids[0].cells[0]
+            drawn = episodes_of(cell, using.make, plan.generated, SEED)
+            result["generation"] = generated(model, tokenizer, drawn)
+    if plan.state_lengths or plan.decode_lengths:
+        with _timed(seconds, phase, "speed"):
+            result["speed"] = {
+                "state": kept_bytes(model, list(plan.state_lengths)),
+                "decode": decode_speed(model, list(plan.decode_lengths)),
+            }
+    for name in config.eval.more if final or phase == "teacher" else ():
+        with _timed(seconds, phase, name):
+            result |= kept(MEASUREMENTS.get(name))(model, tokenizer, config, using)
     return result
 
 
@@ -223,19 +243,32 @@ def _figures(
     split: str = "",
 ) -> dict:
     """Perplexity, recall and their ablations on the texts of one split; `split` stands before the seconds."""
-    result: dict = {}
+    jobs: dict[str, Callable[[], dict]] = {}
     if plan.perplexity:
-        with _timed(seconds, phase, f"{split}perplexity"):
-            result["perplexity"] = _perplexities(model, tokenizer, config, using, halved=plan.halved)
+        jobs["perplexity"] = lambda: _perplexities(model, tokenizer, config, using, halved=plan.halved)
     if plan.grids:
-        with _timed(seconds, phase, f"{split}recall"):
-            result |= _recalls(model, plan.grids, using)
-    names = [*ABLATIONS, OTHER_TEXT]
-    twins = {
-        name: _ablated(model, tokenizer, config, plan, using, name, (seconds, phase, split)) for name in names
-    }
-    twins = {name: twin for name, twin in twins.items() if twin}
-    return result | ({"ablation": twins} if twins else {})
+        jobs["recall"] = lambda: _recalls(model, plan.grids, using)
+    for name in (*ABLATIONS, OTHER_TEXT):
+        if name in plan.perplexity_ablations or any(name in grid.ablations for grid in plan.grids):
+            jobs[name] = partial(_ablated, model, tokenizer, config, plan, using, name)
+
+    def timed(name: str, job: Callable[[], dict]) -> dict:
+        took: dict[str, float] = {}
+        with _timed(took, phase, f"{split}{name}"):
+            figures = job()
+        return {"figures": figures, "seconds": took}
+
+    done = ranks.spread({name: partial(timed, name, job) for name, job in jobs.items()})
+    result: dict = {}
+    for name, one in done.items():
+        seconds |= one["seconds"]
+        if name == "perplexity":
+            result[name] = one["figures"]
+        elif name == "recall":
+            result |= one["figures"]
+        else:
+            result.setdefault("ablation", {})[name] = one["figures"]
+    return result
 
 
 def _unmeasured(config: Config, measured: dict, parts: dict[str, Any]) -> dict[str, dict]:
@@ -311,17 +344,13 @@ def _ablated(
     plan: Plan,
     using: Yardstick,
     name: str,
-    timing: tuple[dict[str, float], str, str],
 ) -> dict:
-    """The twin of this phase under one ablation, on the same episodes and windows; empty if not planned."""
+    """The twin of this phase under one ablation, on the same episodes and windows."""
     grids = [grid for grid in plan.grids if name in grid.ablations]
     with_perplexity = name in plan.perplexity_ablations
     twin: dict = {}
-    if not grids and not with_perplexity:
-        return twin
-    seconds, phase, split = timing
     switched = ablate(model, **ABLATIONS[name]) if name in ABLATIONS else nullcontext()
-    with _timed(seconds, phase, f"{split}{name}"), switched:
+    with switched:
         if name == OTHER_TEXT:
             items = replace(using, reference=None, dev=None, kept={})
             return _with_other_state(model, tokenizer, config, grids, items, with_perplexity)

@@ -17,9 +17,11 @@ from typing import NoReturn
 
 from replace.files import expanded
 from replace.interrupt import Stopped, code_of, end_quietly, stoppable
+from replace.launch import Lost, alone_with, hush, rank, start_others, world
 
 if __name__ == "__main__":
     end_quietly()  # the imports below take a second
+    hush()
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -104,10 +106,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     grow_segments()
     try:
+        start_others("replace")
         return _run(arguments)
     except (UserError, HydraException, OmegaConfBaseException, OSError) as error:
         if _is_verbose(arguments):
             traceback.print_exc()
+        if rank() and not alone_with(error):
+            return 2
         for one in error.errors if isinstance(error, JobErrors) else [error]:
             sentence = _sentence(one, arguments)
             print(f"error: {sentence}", file=sys.stderr)
@@ -118,7 +123,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         # A run says where it stands; before there is one, nothing can be continued.
         said = interrupt.args[0] if interrupt.args else "interrupted before a run began."
-        print(f"error: {said}", file=sys.stderr)
+        if not rank():
+            print(f"error: {said}", file=sys.stderr)
         return code_of(interrupt)
 
 
@@ -131,6 +137,8 @@ def _run(arguments: list[str]) -> int:
     if not flags:
         _refuse_empty(arguments)
         return _run_one(arguments)
+    if world() > 1:
+        raise bad_value("argument", flags[0], f"no flags where {world()} processes make a run")
     if any(argument.startswith("resume=") for argument in arguments):
         raise bad_value("argument", flags[0], "no flags beside resume=")
     if all(argument in MULTIRUN for argument in arguments if argument.startswith("-")):
@@ -193,9 +201,25 @@ def _run_one(overrides: list[str]) -> int:
     config = resumed or compose(overrides)
     _validate(config)
     if config.dry_run:
-        _describe(config)
+        if not rank():
+            _describe(config)
         return 0
-    return _launch(overrides, resumed)
+    if world() == 1:
+        return _launch(overrides, resumed)
+    from replace import ranks  # only here: torch takes seconds to import
+
+    with ranks.joined():
+        return _follow(config) if rank() else _launch(overrides, resumed)
+
+
+def _follow(config: Config) -> int:
+    """What a rank does that writes nothing: it is told the folder, and takes its part in the run."""
+    from replace.pipeline import run
+    from replace.ranks import by_main
+
+    with stoppable():
+        run(config, Path(by_main(lambda: None)))
+    return 0
 
 
 def _launch(arguments: list[str], resumed: Config | None, jobs: Sequence[str] = ()) -> int:
@@ -215,12 +239,13 @@ def _launch(arguments: list[str], resumed: Config | None, jobs: Sequence[str] = 
                 for room in ("replace", "distill", "eval", "kernels"):
                     logging.getLogger(room).setLevel(logging.DEBUG)
             from replace.pipeline import run  # only here: torch and transformers take seconds to import
+            from replace.ranks import by_main
 
-            run(config, folder)
+            run(config, Path(by_main(lambda: str(folder))))
         except (UserError, OSError) as error:
             sentence = _sentence(error, arguments)
             folder = Path(HydraConfig.get().runtime.output_dir)
-            if isinstance(error, OSError) and (folder / "config.json").exists():
+            if isinstance(error, OSError | Lost) and (folder / "config.json").exists():
                 sentence = f"{sentence.removesuffix('.')}; {_continued(folder)}."
             # The root logger writes to run.log only; the console gets the sentence at the end.
             logging.getLogger().error(sentence)
@@ -249,9 +274,11 @@ def _continued(folder: Path) -> str:
 
 
 def _validate(config: Config) -> None:
+    from replace.ranks import check_ranks
     from replace.validation import check_lora
 
     check_lora(config)
+    check_ranks(config)
     if config.lora.kind in ("auto", "unsloth") and not config.dry_run:
         from distill.lora.first import import_unsloth_first
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from replace.launch import asks_for_cpu
+
 logger = logging.getLogger(__name__)
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -30,7 +32,9 @@ def keep_freed_memory() -> None:
 
 
 def device_of_choice() -> torch.device:
-    """CUDA, else Apple's GPU, else the CPU."""
+    """CUDA, else Apple's GPU, else the CPU, which a launcher may also ask for; a rank has a GPU of its own."""
+    if asks_for_cpu():
+        return torch.device("cpu")
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

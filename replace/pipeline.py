@@ -19,6 +19,7 @@ from distill.continued import continued_stage
 from distill.data import Mixture, check_text
 from distill.lora.tune import check_tuning, tune, tunes
 from distill.selection import rank
+from distill.sharding import shard, shards
 from distill.stages import Stage, check_head, language_stage, transfer_stage
 from distill.trainer import train
 from eval.ablation import mixers as mixers_of
@@ -32,6 +33,7 @@ from eval.plan import clear_tokens
 from eval.report import read_log, write_report
 from eval.stored import Store, code_hash, content, items_of
 from kernels.dispatch import force
+from replace import ranks
 from replace.cache import ReplacedCacheLayer
 from replace.choice import layers_of, spec_of
 from replace.config import Config
@@ -62,23 +64,24 @@ COUNTED = ("tokens", "skipped_steps", "clamped", "nonfinite")
 def run(config: Config, run_dir: Path) -> dict:
     """Swap, distil, measure, export; returns the metrics that also stand in `run_dir/metrics.json`.
 
-    A folder that already holds part of this run is continued: finished phases are not repeated.
+    A folder that already holds part of this run is continued: finished phases are not repeated. Of several
+    ranks the first alone reads and writes it; all train, and share what is measured on text.
     """
     began = time.perf_counter()
     prepare(config, run_dir)
-    documents = load_documents(config.data)  # first: a mistake in the text should not wait for the model
-    check_text(documents, load_tokenizer(config.model), config)
-    loaded = load_model(config.model)
+    with ranks.main_first():
+        documents = load_documents(config.data)  # first: a mistake in it should not wait for the model
+        check_text(documents, load_tokenizer(config.model), config)
+        loaded = load_model(config.model)
     if tunes(config):
         check_tuning(loaded.model, loaded.tokenizer, documents, config)
     model = loaded.model.to(device_of_choice())  # type: ignore[arg-type]  # transformers' decorated `to`
-    changed = write_provenance(run_dir, config, loaded, documents)
-    if changed:
+    if ranks.is_main() and (changed := write_provenance(run_dir, config, loaded, documents)):
         logger.warning("the run began elsewhere, so figures may differ: %s", "; ".join(changed))
-    metrics = _open_metrics(run_dir, config, loaded, model)
+    metrics = ranks.by_main(lambda: _open_metrics(run_dir, config, loaded, model))
     metrics["items"] = items_of(documents, loaded.tokenizer, clear_tokens(config.attention))
     using = yardstick(loaded.tokenizer, config, documents)
-    log = open_logger(config, run_dir)
+    log = open_logger(config, run_dir) if ranks.is_main() else NoLogger()
     softmax = SoftmaxKernels(config.softmax_backend, config.precision)
     try:
         _phases(config, run_dir, loaded, documents, metrics, using, log, softmax)
@@ -89,7 +92,9 @@ def run(config: Config, run_dir: Path) -> dict:
     finally:
         softmax.close()
         log.finish()
-    end_provenance(run_dir, began)
+    if ranks.is_main():
+        end_provenance(run_dir, began)
+    ranks.wait()
     return metrics
 
 
@@ -109,15 +114,15 @@ def _phases(
     with phase(metrics, run_dir, "teacher", log) as result:
         if result is not None:
             result |= measure(model, tokenizer, config, phase="teacher", final=False, using=using)
-    if using.reference is None:
+    if using.reference is None and ranks.is_main():
         with autocast(config.precision, model.device):
             keep_teacher(model, tokenizer, config, using)
 
     began = time.perf_counter()
     spec = choose(config, loaded, documents, run_dir)
-    if (run_dir / RANKING).exists():
+    ranking = ranks.by_main(lambda: _known_ranking(run_dir))
+    if ranking is not None:
         metrics["wall_seconds"].setdefault("choice", round(time.perf_counter() - began, 1))
-        ranking = read_ranking(run_dir / RANKING)
         metrics["phases"]["teacher"]["choice"] = ranking | {"taken": taken(ranking, config.layers)}
     seed(config.seed)
     conversion = swap(model, spec, keep_originals=True)
@@ -137,7 +142,9 @@ def _phases(
     for number in todo:
         with phase(metrics, run_dir, f"stage{number}", log) as result:
             mixture = _mixture(loaded, documents, config, number)
-            training = train(model, _stage(model, config, number), mixture, config, run_dir, log)
+            with shards(model, number, ranks.sharded()) as subject:
+                stage = _stage(subject, config, number)
+                training = train(subject, stage, mixture, config, run_dir, log)
             if result is not None:
                 name, last = f"stage{number}", final == f"stage{number}"
                 if last or "why" not in training:  # a model that learned nothing was measured before
@@ -159,6 +166,8 @@ def _phases(
         with phase(metrics, run_dir, "continued_teacher", log) as result:
             if result is not None:
                 result |= continued_teacher(config, run_dir, documents, metrics["layers"], todo, using)
+    if not ranks.is_main():
+        return
     conclude(metrics, parts)
     metrics["checklist"] = checklist(metrics, read_log(run_dir / "train.jsonl"), dataclasses.asdict(config))
     write_metrics(run_dir, metrics)
@@ -170,6 +179,8 @@ def _export(
     model: PreTrainedModel, tokenizer, config: Config, run_dir: Path, name: str, metrics: dict
 ) -> None:
     """Write the student into a folder of the run, with the figures that are known so far in its card."""
+    if not ranks.is_main():
+        return
     provenance = for_export(run_dir)
     tuned = metrics["phases"].get("lora", {}).get("tuning", {}).get("data", {}).get("source")
     if tuned is not None and name == "model":
@@ -201,13 +212,15 @@ def continued_teacher(
     """
     loaded, folder = load_model(config.model), run_dir / "continued_teacher"
     model = loaded.model.to(device_of_choice())  # type: ignore[arg-type]  # transformers' decorated `to`
-    folder.mkdir(exist_ok=True)
+    if ranks.is_main():
+        folder.mkdir(exist_ok=True)
     trained = []
     for number in sorted(set(todo) & {2, 3}):
-        stage = continued_stage(model, config, number, layers)
-        if stage is not None:
-            mixture = _mixture(loaded, documents, config, number)
-            trained.append(train(model, stage, mixture, config, folder, NoLogger()))
+        with shards(model, number, ranks.sharded()) as subject:
+            stage = continued_stage(subject, config, number, layers)
+            if stage is not None:
+                mixture = _mixture(loaded, documents, config, number)
+                trained.append(train(subject, stage, mixture, config, folder, NoLogger()))
     name = "continued_teacher"
     result = measure(model, loaded.tokenizer, config, phase=name, final=False, using=using)
     if trained:
@@ -223,9 +236,11 @@ def prepare(config: Config, run_dir: Path) -> None:
     force(config.kernels.backend)
     if config.threads:
         torch.set_num_threads(config.threads)
+    seed(config.seed)
+    if not ranks.is_main():
+        return
     run_dir.mkdir(parents=True, exist_ok=True)
     clear(run_dir)
-    seed(config.seed)
     if not (run_dir / "config.json").exists():
         atomic_write(run_dir / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
 
@@ -249,7 +264,8 @@ def phase(metrics: dict, run_dir: Path, name: str, log: Logger) -> Iterator[dict
     yield result
     metrics["phases"][name] = result
     metrics["wall_seconds"][name] = round(time.perf_counter() - began, 1)
-    write_metrics(run_dir, metrics)
+    if ranks.is_main():
+        write_metrics(run_dir, metrics)
     books = comparable(result).get("perplexity", {})
     figures = {f"{name}/perplexity/{book}": figures["ppl"] for book, figures in books.items()}
     aim = objective(metrics["phases"])
@@ -266,20 +282,31 @@ def choose(config: Config, loaded: Loaded, documents: list[Document], run_dir: P
 
     A ranking, where one is needed, is read from the run's folder if it is there: no run chooses anew.
     """
-    indices, path = layers_of(loaded.model), run_dir / RANKING
+    indices = layers_of(loaded.model)
     if selected(config.layers, len(indices)) is not None:
         return spec_of(config, indices)
-    if not path.exists():
-        earlier = config.source or config.layers.ranking
-        if earlier is None:
-            ranking = _ranked(config, loaded, documents)
-        else:
-            ranking = read_ranking(expanded(earlier), "from" if config.source else "layers.ranking")
-            logger.info("the layers' ranking is taken from %s", earlier)
-        atomic_write(path, json.dumps(ranking, indent=1) + "\n")
-    chosen = taken(read_ranking(path, "resume"), config.layers)
+
+    def read() -> list[int]:
+        path = run_dir / RANKING
+        if not path.exists():
+            earlier = config.source or config.layers.ranking
+            if earlier is None:
+                ranking = _ranked(config, loaded, documents)
+            else:
+                ranking = read_ranking(expanded(earlier), "from" if config.source else "layers.ranking")
+                logger.info("the layers' ranking is taken from %s", earlier)
+            atomic_write(path, json.dumps(ranking, indent=1) + "\n")
+        return taken(read_ranking(path, "resume"), config.layers)
+
+    chosen = ranks.by_main(read)
     logger.info("layers=%s: %s", config.layers.select, ", ".join(map(str, chosen)))
     return spec_of(config, indices, chosen)
+
+
+def _known_ranking(run_dir: Path) -> dict | None:
+    """The ranking in a run's folder, if there is one."""
+    path = run_dir / RANKING
+    return read_ranking(path) if path.exists() else None
 
 
 def _ranked(config: Config, loaded: Loaded, documents: list[Document]) -> dict:
@@ -386,6 +413,8 @@ def _stage(model: PreTrainedModel, config: Config, number: int) -> Stage:
     teacher = load_model(config.model).model
     teacher.to(model.device)  # type: ignore[arg-type]  # transformers' decorated `to`
     teacher.eval().requires_grad_(False)
+    if ranks.sharded():
+        shard(teacher, set())
     return language_stage(model, config, number, teacher)
 
 

@@ -50,6 +50,10 @@ class Packed:
         ids, labels, positions = (x.to(device) for x in (self.input_ids, self.labels, self.position_ids))
         return Packed(ids, labels, positions, self.counted)
 
+    def rows(self, part: slice) -> "Packed":
+        """Some of the rows; the step's learnt tokens are counted as before."""
+        return Packed(self.input_ids[part], self.labels[part], self.position_ids[part], self.counted)
+
 
 def pack(documents: Sequence[Encoded], length: int, filler: int) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Rows of ids, labels and positions, each `[length]`, the documents in their order.

@@ -20,6 +20,7 @@ from distill.lora.stage import lora_stage
 from distill.lora.targets import targets_of
 from distill.lora.unsloth import FAILS, adapted_by_unsloth, forget
 from distill.trainer import train
+from replace import ranks
 from replace.config import Config
 from replace.corpora import Document
 from replace.logger import Logger
@@ -80,7 +81,8 @@ def tune(
     with cast_once(model, config.precision):
         wrapped, choice = _adapted(model, tokenizer, config, targets)
         training = train(model, lora_stage(model, config), data.rows, config, run_dir, log)
-    by_peft.save(wrapped, run_dir / "adapter", adapter_card(config, choice))
+    if ranks.is_main():
+        by_peft.save(wrapped, run_dir / "adapter", adapter_card(config, choice))
     if kept:
         by_peft.unloaded(wrapped)
         forget(model)
