@@ -57,6 +57,10 @@ def expect(
     """
     if not isinstance(x, Tensor):
         raise ValueError(f"{name} is a {type(x).__name__}; expected a tensor [{letters}].")
+    same = (have > 0 if want is None else have == want for have, want in zip(x.shape, shape, strict=False))
+    sound = x.dim() == len(shape) and all(same)
+    if sound and x.dtype in dtypes and x.device == device:
+        return  # at once: a decoded token would wait for words that nobody reads
     sizes = ", ".join("any" if n is None else str(int(n)) for n in shape)
     wanted = f"expected [{letters}] = [{sizes}]"
     if x.dim() != len(shape):

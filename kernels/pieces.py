@@ -13,30 +13,35 @@ from torch import Tensor
 
 
 class Pieces(NamedTuple):
-    """B rows of N chunks, `[B, N, ...]`, of which `rows` and `chunks` are taken at once: one of them is all."""
+    """B rows of N chunks, `[B, N, ...]`, cut into pieces of all rows, of whole rows, or of parts of one row.
+
+    Attributes:
+        batch, total: B and N.
+        rows, chunks: of a piece, the last of a row excepted.
+    """
 
     batch: int
-    count: int
+    total: int
     rows: int
     chunks: int
 
     @classmethod
-    def of(cls, batch: int, count: int, groups: int, most: int, device: torch.device) -> "Pieces":
+    def of(cls, batch: int, total: int, groups: int, most: int, device: torch.device) -> "Pieces":
         """Pieces of about `most` chunks, each counted once for every key-value head.
 
         On a GPU rows are taken together: what is computed at once has to fill it.
         """
         if device.type != "cpu":
-            return cls(batch, count, batch, max(1, most // (batch * groups)))
+            return cls(batch, total, batch, max(1, most // (batch * groups)))
         chunks = max(1, most // groups)
-        if chunks < count:
-            return cls(batch, count, 1, chunks)
-        return cls(batch, count, min(batch, max(1, most // (groups * max(1, count)))), max(1, count))
+        if chunks < total:
+            return cls(batch, total, 1, chunks)
+        return cls(batch, total, min(batch, max(1, most // (groups * max(1, total)))), max(1, total))
 
     @property
     def steps(self) -> int:
         """Pieces from the first chunk of a row to its last."""
-        return -(-self.count // self.chunks)
+        return -(-self.total // self.chunks)
 
     def cut(self, x: Tensor) -> Sequence[Tensor]:
         """`[B, N, ...]` -> pieces `[b, n, ...]`, row after row.
@@ -47,7 +52,7 @@ class Pieces(NamedTuple):
             return x.split(self.chunks, 1)
         if self.steps == 1:
             return x.split(self.rows)
-        along = [self.chunks] * (self.steps - 1) + [self.count - self.chunks * (self.steps - 1)]
+        along = [self.chunks] * (self.steps - 1) + [self.total - self.chunks * (self.steps - 1)]
         return [piece.unsqueeze(0) for piece in x.flatten(0, 1).split(along * self.batch)]
 
     def join(self, pieces: Sequence[Tensor]) -> Tensor:
@@ -56,4 +61,4 @@ class Pieces(NamedTuple):
             return torch.cat(list(pieces), 1)
         if self.steps == 1:
             return torch.cat(list(pieces))
-        return torch.cat([piece.squeeze(0) for piece in pieces]).unflatten(0, (self.batch, self.count))
+        return torch.cat([piece.squeeze(0) for piece in pieces]).unflatten(0, (self.batch, self.total))

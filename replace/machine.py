@@ -1,8 +1,6 @@
 """What a run asks of the machine it is on."""
 
-import ctypes
 import logging
-import sys
 from pathlib import Path
 
 import psutil
@@ -12,23 +10,7 @@ from replace.launch import asks_for_cpu
 
 logger = logging.getLogger(__name__)
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 CGROUP = Path("/sys/fs/cgroup")
-
-
-def keep_freed_memory() -> None:
-    """Ask glibc to keep freed memory instead of giving it back after every tensor.
-
-    A training step on a CPU frees and asks for the same few hundred megabytes again and again; with the
-    default thresholds each large tensor is mapped and zeroed anew by the kernel, a fifth of a step. Elsewhere
-    than on glibc nothing happens.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    library = ctypes.CDLL(None)
-    if hasattr(library, "mallopt") and hasattr(library, "gnu_get_libc_version"):
-        library.mallopt(M_MMAP_THRESHOLD, 1 << 30)
-        library.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def device_of_choice() -> torch.device:

@@ -32,6 +32,7 @@ from eval.objective import objective
 from eval.plan import clear_tokens
 from eval.report import read_log, write_report
 from eval.stored import Store, code_hash, content, items_of
+from kernels.allocator import keep_freed_memory
 from kernels.dispatch import force
 from replace import ranks
 from replace.cache import ReplacedCacheLayer
@@ -44,7 +45,7 @@ from replace.export.write import export
 from replace.files import atomic_write, clear, expanded
 from replace.loading import Loaded, cache_dir, load_model, load_tokenizer
 from replace.logger import Logger, NoLogger, open_logger
-from replace.machine import device_of_choice, keep_freed_memory
+from replace.machine import device_of_choice
 from replace.memory import MemoryMixer
 from replace.precision import DTYPES, autocast
 from replace.properties.examine import check as check_properties

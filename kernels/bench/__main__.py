@@ -57,6 +57,7 @@ def _bench(options: argparse.Namespace) -> int:
     # Torch takes seconds to import, which a mistake in the arguments need not wait for.
     import torch
 
+    from kernels.allocator import keep_freed_memory
     from kernels.bench.machine import file_name
     from kernels.bench.run import bench, ops_for
     from kernels.bench.size import size_for
@@ -69,6 +70,7 @@ def _bench(options: argparse.Namespace) -> int:
     path = folder / f"{file_name(device)}.csv"
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     logging.getLogger("kernels.bench").setLevel(logging.INFO)
+    keep_freed_memory()  # as a run does; else what a form costs depends on what was freed before it
     rows = bench(size_for(device, options.quick), ops_for(device), device, path)
     wrong = [row for row in rows if row["correct"] == "False"]
     sys.stdout.write(f"{path}\n")

@@ -28,8 +28,8 @@ forward, and with backward; each with its best PIECE): 16 took 48.7 and 170, 32 
 """
 
 PIECE = 64
-"""Chunks times rows times key-value heads whose transforms are computed at once: 16 took 47.0 and 146 (as
-above), 32 43.4 and 137, 64 42.8 and 140; the larger of what is alike has fewer steps in Python."""
+"""Chunks times key-value heads, of one row or of several, whose transforms are computed at once: 16 took 47.0
+and 146 (as above), 32 43.4 and 137, 64 42.8 and 140; the larger of the alike has fewer steps in Python."""
 
 # The step is b = beta / (|k|^2 (1 + RELATIVE) + ABSOLUTE), which has the transition I - b k k^T of unit-norm
 # keys and leaves |k| where it belongs, in what is read. It cannot explode, because beta <= 1 and
@@ -130,7 +130,7 @@ def gated_delta_rule(
         initial_state = wide(k.new_zeros(states, groups, k.shape[-1], v.shape[-1]))
     initial = wide(initial_state)
     pieces = Pieces.of(batch, cut[0].shape[1], groups, piece, q.device)
-    places = torch.arange(pieces.count, device=q.device).split(pieces.chunks)
+    places = torch.arange(pieces.total, device=q.device).split(pieces.chunks)
     given = zip(cycle(places), *(pieces.cut(x) for x in cut), strict=False)
     outs, ends, after = [], [], []
     for state in initial[:batch].split(pieces.rows):

@@ -17,7 +17,7 @@ from kernels.arguments import (
 from kernels.dispatch import choose
 from kernels.gated_delta_rule import chunk, reference
 from kernels.linear_attention.op import PRECISIONS
-from kernels.numerics import wide
+from kernels.numerics import wide, without_autocast
 
 LARGEST_F, LARGEST_D = 256, 1024
 """F and D beyond these have no Triton kernel: one program holds all of F."""
@@ -88,7 +88,7 @@ def gated_delta_rule(
 
         return fla.gated_delta_rule(q, k, v, beta, log_decay, initial_state, mask, cu_seqlens, scaled)
     form = reference.gated_delta_rule if chosen == "reference" else chunk.gated_delta_rule
-    with torch.autocast(q.device.type, enabled=False):  # a state in bf16 is worth nothing
+    with without_autocast(q.device):
         out, state = form(q, k, v, beta, log_decay, initial_state, mask, cu_seqlens, scaled)
     return out.to(v.dtype), state
 
@@ -140,7 +140,7 @@ def gated_delta_rule_step(
     form = reference.step if chosen == "reference" else chunk.step
     decay = None if log_decay is None else wide(log_decay)
     seen = None if mask is None else mask.unsqueeze(-1)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         out, after = form(wide(q), wide(k), wide(v), wide(beta), decay, state, seen, scaled)
     return out.to(v.dtype), after
 

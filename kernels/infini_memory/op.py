@@ -21,7 +21,7 @@ from kernels.dispatch import FORCED, choose
 from kernels.infini_memory import chunk, reference
 from kernels.infini_memory.state import InfiniCounters, InfiniState
 from kernels.linear_attention.op import LARGEST, PRECISIONS
-from kernels.numerics import wide
+from kernels.numerics import wide, without_autocast
 
 State = InfiniState | tuple[Tensor, Tensor, Tensor]
 
@@ -103,7 +103,7 @@ def infini_memory(
         initial = InfiniState.empty(sizes.batch, sizes.groups, sizes.features, sizes.width, *place)
     form = reference.infini_memory if chosen == "reference" else chunk.infini_memory
     run = partial(form, q, k, v, local, gate, write_gate, mask, initial, block, lookback, clamp)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         out, (M, z, n), counters = run()
     return out, InfiniState(M, z, n.detach()), counters
 
@@ -146,7 +146,7 @@ def infini_memory_step(
 
         return library.step(q, local, gate, held.M, held.z)
     form = reference.step if chosen == "reference" else chunk.step
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         return form(wide(q), wide(local), gate, held).to(local.dtype)
 
 

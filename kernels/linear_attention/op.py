@@ -19,7 +19,7 @@ from kernels.arguments import (
 from kernels.dispatch import choose
 from kernels.linear_attention import chunk, reference
 from kernels.linear_attention.state import EMPTY, LinearState
-from kernels.numerics import wide
+from kernels.numerics import wide, without_autocast
 
 PRECISIONS = (None, "ieee", "tf32", "tf32x3")
 
@@ -158,8 +158,8 @@ def _triton(
 
 
 def _full(q: Tensor, form: Any) -> tuple[Tensor, LinearState]:
-    """Run `form` with autocast off: a state in bf16 is worth nothing after a few thousand tokens."""
-    with torch.autocast(q.device.type, enabled=False):
+    """Run `form` with autocast off."""
+    with without_autocast(q.device):
         return form()
 
 

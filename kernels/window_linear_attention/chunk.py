@@ -74,23 +74,23 @@ def step(
 ) -> Tensor:
     """As `reference.step`, as batched products."""
     groups = k.shape[2]
-    there = None if seen is None else seen.unsqueeze(-1).expand_as(k[..., 0])
-    if sinks is not None:
-        there = k.new_ones(k.shape[:3], dtype=torch.bool) if there is None else there
-        k, v = torch.cat([sinks.k, k], 1), torch.cat([sinks.v, v], 1)
-        there = torch.cat([sinks.seen & apart[:, None, None], there], 1)
     rows, features = (x.unflatten(1, (groups, -1)) for x in (q, phi_q))  # [B, G, R, ...]
-    k, v = k.transpose(1, 2), v.transpose(1, 2)
     # Of one query what is not finite spoils nothing but itself, unless it is not seen.
-    if there is not None:
-        there = there.transpose(1, 2)
-        k, v = (torch.where(there.unsqueeze(-1), x, 0) for x in (k, v))
-    logits = (rows @ k.transpose(-1, -2)) * scale
-    if there is not None:
-        logits = torch.where(there.unsqueeze(2), logits, -torch.inf)
+    if seen is not None:
+        k, v = (torch.where(seen[:, :, None, None], x, 0) for x in (k, v))
+    logits = (rows @ k.permute(0, 2, 3, 1)) * scale
+    if seen is not None:
+        logits = torch.where(seen[:, None, None], logits, -torch.inf)
+    if sinks is not None:
+        known = (sinks.seen & apart[:, None, None]).unsqueeze(-1)
+        first_k, first_v = (torch.where(known, x, 0) for x in sinks[:2])
+        first = (rows @ first_k.permute(0, 2, 3, 1)) * scale
+        logits = torch.cat([torch.where(known.permute(0, 2, 3, 1), first, -torch.inf), logits], -1)
+        v = torch.cat([first_v, v], 1)
     answer = None if answer is None else answer.unflatten(1, (groups, -1))
     mass = None if mass is None else mass.unflatten(1, (groups, -1)).unsqueeze(-1)
-    return joined(logits, v, features @ sums.M, features @ sums.z.unsqueeze(-1), answer, mass).flatten(1, 2)
+    read = (features @ sums.M, features @ sums.z.unsqueeze(-1))
+    return joined(logits, v.transpose(1, 2), *read, answer, mass).flatten(1, 2)
 
 
 class _Cut(NamedTuple):

@@ -23,7 +23,7 @@ from kernels.dispatch import FORCED, choose
 from kernels.infini_memory.op import check_memory
 from kernels.infini_memory.state import InfiniCounters, InfiniState, written_blocks
 from kernels.linear_attention.op import LARGEST, PRECISIONS
-from kernels.numerics import wide
+from kernels.numerics import wide, without_autocast
 from kernels.window_linear_attention import chunk, reference
 from kernels.window_linear_attention.state import Sinks, WindowLinearState
 
@@ -139,7 +139,7 @@ def window_linear_attention(
         initial = _memory(held, sizes, features, q)
         form = reference if chosen == "reference" else chunk
         run = partial(form.window_linear_attention, *tokens, first, before, initial, cu_seqlens, *options)
-        with torch.autocast(q.device.type, enabled=False):
+        with without_autocast(q.device):
             out, memory, counters = run()
     if cu_seqlens is None:
         blocks = before + written_blocks(length, block, lookback)
@@ -219,7 +219,7 @@ def window_linear_attention_step(
     sums = InfiniState(held.M * n[..., None, None], held.z * n[..., None], held.n)
     asked = [None if x is None else wide(x) for x in (q, k, v, phi_q, answer, mass)]
     asked += [mask, sinks, held.blocks > 0, sums, scale]
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         return form(*asked).to(v.dtype)
 
 

@@ -209,7 +209,7 @@ def test_token_by_token_equals_the_definition(scaled: bool) -> None:
         assert_close(name, have, want, tolerance(torch.float64))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", CASES)
 def test_chunks_equal_token_by_token(name: str, dtype: torch.dtype) -> None:
     x = inputs(CASES[name], dtype)
@@ -217,10 +217,11 @@ def test_chunks_equal_token_by_token(name: str, dtype: torch.dtype) -> None:
     compare(outcome(backend("chunk"), x, CASES[name]), want, dtype)
 
 
-@pytest.mark.parametrize(("size", "piece"), [(4, 1), (4, 3), (16, 2), (1, 8)])
+@pytest.mark.parametrize(("size", "piece"), [(4, 1), (4, 6), (16, 2), (16, 16), (1, 8)])
 @pytest.mark.parametrize("packed", [(), (0, 3, 4, 20, 21, 50)])
 def test_no_size_of_chunk_or_piece_matters(size: int, piece: int, packed: tuple[int, ...]) -> None:
-    case = Case(50, heads=4, groups=2, features=5, width=3, packed=packed, masked=True)
+    batch = 1 if packed else 3
+    case = Case(50, heads=4, groups=2, features=5, width=3, batch=batch, packed=packed, masked=True)
     x = inputs(case)
 
     def form(*args: Tensor, **options: object) -> tuple[Tensor, Tensor]:

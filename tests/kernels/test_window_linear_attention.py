@@ -378,7 +378,7 @@ def test_the_cases_see_the_guard() -> None:
     assert found["clamped"].sum() == 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", CASES)
 def test_blocks_equal_token_by_token(name: str, dtype: torch.dtype) -> None:
     x = inputs(CASES[name], dtype)
