@@ -66,6 +66,13 @@ def test_each_form_is_read(row, messages):
         ({"messages": [{"content": "x"}]}, "without role and content"),
         ({"conversations": [{"from": "me", "value": "x"}]}, "from is 'me'"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}, SAID]}, "not text"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}, SAID]}, "not text"),
+        ({"messages": None}, "messages is no list"),
+        ({"conversations": 5}, "conversations is no list"),
+        ({"messages": [{"role": ["user"], "content": "x"}, SAID]}, r"role is \['user'\]"),
+        ({"instruction": "Who?", "output": None}, "output is no text"),
+        ({"instruction": ["Who?"], "output": "I."}, "instruction is no text"),
+        ({"instruction": "Who?", "input": 5, "output": "I."}, "input is no text"),
     ],
 )
 def test_what_is_no_chat_is_refused_with_file_and_line(row, words, tmp_path):
@@ -74,6 +81,13 @@ def test_what_is_no_chat_is_refused_with_file_and_line(row, words, tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [ASKED, SAID]}) + "\n" + json.dumps(row) + "\n")
     with pytest.raises(UserError, match=rf"lora.path=.*line 2 of a.jsonl: .*{words}"):
         read_chats(str(tmp_path))
+
+
+@pytest.mark.parametrize("line", ["{", "[" * 100_000, '{"messages": [}', "NaN", "\x00"])
+def test_a_line_that_is_no_json_is_refused(line, tmp_path):
+    (tmp_path / "a.jsonl").write_text(line + "\n")
+    with pytest.raises(UserError, match=r"lora.path=.*line 1 of a.jsonl: "):
+        read_chats(str(tmp_path / "a.jsonl"))
 
 
 def test_a_folder_without_chats_is_refused(tmp_path):
