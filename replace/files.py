@@ -3,12 +3,11 @@
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-from safetensors import SafetensorError
 
 from replace.errors import UserError
 
@@ -70,7 +69,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         number = re.search(r"\(os error (\d+)\)", str(error))
         if number is not None and not isinstance(error, OSError):
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
-        if isinstance(error, SafetensorError):
+        safetensors = sys.modules.get("safetensors")  # it raised nothing where nobody imported it
+        if safetensors is not None and isinstance(error, safetensors.SafetensorError):
             raise UserError(f"{path} cannot be written: {error}.") from error
         raise
 

@@ -60,7 +60,7 @@ def _chats_of(file: Path) -> Iterator[list[Message]]:
             continue
         try:
             yield messages_of(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the second: brackets without end
             allowed = f"{FORMS} (line {number} of {file.name}: {error})"
             raise bad_value("lora.path", str(file), allowed) from error
 
@@ -74,30 +74,38 @@ def messages_of(row: Any) -> list[Message]:
     if not isinstance(row, dict):
         raise ValueError("it is no object")
     if "messages" in row:
-        messages = [
-            _message(turn, "role", "content", {role: role for role in ROLES}) for turn in row["messages"]
-        ]
+        messages = _turns(row, "messages", "role", "content", {role: role for role in ROLES})
     elif "conversations" in row:
-        messages = [_message(turn, "from", "value", SHAREGPT) for turn in row["conversations"]]
+        messages = _turns(row, "conversations", "from", "value", SHAREGPT)
         if isinstance(row.get("system"), str) and row["system"].strip():
             messages.insert(0, {"role": "system", "content": row["system"].strip()})
     elif "instruction" in row and "output" in row:
-        asked = [str(row.get(key) or "").strip() for key in ("instruction", "input")]
+        texts = {"instruction": row["instruction"], "input": row.get("input") or "", "output": row["output"]}
+        for key, text in texts.items():
+            if not isinstance(text, str):
+                raise ValueError(f"{key} is no text")
+        asked = [texts[key].strip() for key in ("instruction", "input")]
         messages = [
             {"role": "user", "content": "\n\n".join(filter(None, asked))},
-            {"role": "assistant", "content": str(row["output"]).strip()},
+            {"role": "assistant", "content": texts["output"].strip()},
         ]
     else:
         raise ValueError(f"its keys are {', '.join(map(str, row)) or 'none'}")
-    if not any(message["role"] == "assistant" and message["content"] for message in messages):
-        raise ValueError("no assistant says anything")
+    if not any(message["role"] == "assistant" and message["content"] for message in messages[1:]):
+        raise ValueError("no assistant answers anything")
     return messages
+
+
+def _turns(row: dict[str, Any], key: str, who: str, what: str, roles: dict[str, str]) -> list[Message]:
+    if not isinstance(row[key], list):
+        raise ValueError(f"{key} is no list")
+    return [_message(turn, who, what, roles) for turn in row[key]]
 
 
 def _message(turn: Any, who: str, what: str, roles: dict[str, str]) -> Message:
     if not isinstance(turn, dict) or who not in turn or what not in turn:
         raise ValueError(f"a turn without {who} and {what}")
-    if turn[who] not in roles:
+    if not isinstance(turn[who], str) or turn[who] not in roles:
         raise ValueError(f"{who} is {turn[who]!r} and none of {', '.join(roles)}")
     return {"role": roles[turn[who]], "content": _text(turn[what]).strip()}
 
@@ -107,6 +115,9 @@ def _text(content: Any) -> str:
     if isinstance(content, str):
         return content
     parts: list[Any] = content if isinstance(content, list) else [None]
-    if not all(isinstance(part, dict) and part.get("type") == "text" and "text" in part for part in parts):
+    texts: list[Any] = [
+        part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"
+    ]
+    if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
         raise ValueError("a turn that is not text")
-    return "".join(str(part["text"]) for part in parts)
+    return "".join(texts)

@@ -8,6 +8,7 @@ import torch
 from packaging.version import Version
 
 from replace.config import LoraConfig
+from replace.errors import bad_value
 
 ON_CPU = Version("2026.10.9")
 """The first Unsloth that runs without a GPU."""
@@ -83,8 +84,15 @@ def why_not_unsloth(options: LoraConfig, machine: Machine) -> str | None:
 
 
 def _sharded() -> str | None:
-    """What a launcher says in the environment about several processes."""
+    """What a launcher says in the environment about several processes.
+
+    Raises:
+        UserError: it is no number.
+    """
     for name, words in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
         if os.environ.get(name, "").lower() in ("1", "true", "yes"):
             return words
-    return "DDP" if int(os.environ.get("WORLD_SIZE") or 1) > 1 else None
+    count = os.environ.get("WORLD_SIZE") or "1"
+    if not count.isdecimal():
+        raise bad_value("WORLD_SIZE", count, "the number of processes, as a launcher sets it, or nothing")
+    return "DDP" if int(count) > 1 else None

@@ -3,6 +3,7 @@
 from itertools import pairwise
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from distill.lora.chats import Message
@@ -64,19 +65,30 @@ def encode(tokenizer: PreTrainedTokenizerBase, chat: list[Message]) -> Encoded:
     """The tokens of a conversation; learnt are the assistant's turns with the mark that ends them.
 
     A turn is found by rendering the conversation up to it. Where the template renders an earlier turn in
-    another way once there are later ones (some drop its reasoning), that turn is not learnt. Where a token
+    another way once there are later ones (some drop its reasoning), or refuses what is before it, that turn
+    is not learnt; nor is one that is the first and answers nobody. Where a token
     would begin before a turn and end in it, turns are tokenised apart, as a prompt is when it is answered.
 
     Raises:
-        UserError: no turn can be found in what the template makes.
+        UserError: the template refuses the conversation, or no turn can be found in what it makes.
     """
-    text = _render(tokenizer, chat)
+    try:
+        text = _render(tokenizer, chat)
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in chat)
+        raise UserError(
+            f"the chat template of this tokenizer refuses a conversation ({roles}: {error}); leave such ones "
+            f"out, or name another template by lora.template ({', '.join(TEMPLATES)})."
+        ) from error
     turns = []
     for place, message in enumerate(chat):
-        if message["role"] != "assistant" or not message["content"]:
+        if place == 0 or message["role"] != "assistant" or not message["content"]:
             continue
-        prompt = _render(tokenizer, chat[:place], prompt=True)
-        said = _render(tokenizer, chat[: place + 1]).rstrip()
+        try:
+            prompt = _render(tokenizer, chat[:place], prompt=True)
+            said = _render(tokenizer, chat[: place + 1]).rstrip()
+        except TemplateError:
+            continue
         if said.startswith(prompt) and text.startswith(said):
             turns.append((len(prompt), len(said)))
     if not turns:
@@ -104,8 +116,6 @@ def spans(encoded: Encoded) -> list[list[int]]:
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, chat: list[Message], prompt: bool = False) -> str:
-    if not chat and not prompt:
-        return ""
     rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)
     assert isinstance(rendered, str)
     return rendered

@@ -15,6 +15,8 @@ RUN_SPACE = 4 * 10**9
 """Free bytes for the checkpoints and the export of a run of the default model."""
 UNSLOTH_ON_CPU = (2026, 10, 9)
 """The first version of Unsloth that runs without a GPU."""
+UNKNOWN = {"what is required": "pip install -c constraints.txt -e ."}
+"""What mends that something could not be found out: requirements are read with a package of their own."""
 MODES = ("online", "offline", "disabled", "shared")
 """What WANDB_MODE may be."""
 
@@ -76,7 +78,11 @@ def problems(facts: dict[str, Any]) -> list[Problem]:
     elif run.get("why") and run.get("imports"):
         found.append(Problem(f"it could not be found out what auto takes: {run['why']}", "see above", False))
     found += [
-        Problem(f"it could not be found out: {what} ({why})", "report it with this screen", False)
+        Problem(
+            f"it could not be found out: {what} ({why})",
+            UNKNOWN.get(what, "report it with this screen"),
+            False,
+        )
         for what, why in facts.get("failed", {}).items()
     ]
     return sorted(found, key=lambda problem: not problem.hinders)

@@ -9,7 +9,7 @@ from peft import PeftModel
 
 import distill.lora.tune as tune_module
 import replace
-from distill.lora.choice import Choice, Machine, choose
+from distill.lora.choice import Choice, Machine, choose, this_machine
 from distill.lora.peft import adapted, trainable
 from distill.lora.proof import Bypassed, probe_logits, prove
 from distill.lora.quantised import check_bitsandbytes
@@ -272,6 +272,32 @@ def test_the_choice_and_its_reason(options, machine, kind, words):
     choice = choose(LoraConfig(**options), machine)
     assert choice.kind == kind
     assert words in choice.why
+
+
+@pytest.mark.parametrize(
+    ("said", "sharded"),
+    [
+        ({}, None),
+        ({"WORLD_SIZE": "1"}, None),
+        ({"WORLD_SIZE": "2"}, "DDP"),
+        ({"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true"}, "FSDP"),
+        ({"ACCELERATE_USE_DEEPSPEED": "1"}, "DeepSpeed"),
+    ],
+)
+def test_a_launcher_is_seen_by_what_it_sets(said, sharded, monkeypatch):
+    for name in ("WORLD_SIZE", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    assert this_machine().sharded == sharded
+
+
+def test_a_number_of_processes_that_is_none_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    with pytest.raises(
+        UserError, match=r"WORLD_SIZE='many' is not possible; allowed: the number of processes"
+    ):
+        this_machine()
 
 
 # Unsloth's place, taken by what would go wrong

@@ -61,11 +61,19 @@ def test_each_form_is_read(row, messages):
     [
         ([], "no object"),
         ({"text": "x"}, "its keys are text"),
-        ({"messages": [ASKED]}, "no assistant says anything"),
+        ({"messages": [ASKED]}, "no assistant answers anything"),
+        ({"messages": [SAID, ASKED]}, "no assistant answers anything"),
         ({"messages": [{"role": "bot", "content": "x"}]}, "role is 'bot'"),
         ({"messages": [{"content": "x"}]}, "without role and content"),
         ({"conversations": [{"from": "me", "value": "x"}]}, "from is 'me'"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}, SAID]}, "not text"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}, SAID]}, "not text"),
+        ({"messages": None}, "messages is no list"),
+        ({"conversations": 5}, "conversations is no list"),
+        ({"messages": [{"role": ["user"], "content": "x"}, SAID]}, r"role is \['user'\]"),
+        ({"instruction": "Who?", "output": None}, "output is no text"),
+        ({"instruction": ["Who?"], "output": "I."}, "instruction is no text"),
+        ({"instruction": "Who?", "input": 5, "output": "I."}, "input is no text"),
     ],
 )
 def test_what_is_no_chat_is_refused_with_file_and_line(row, words, tmp_path):
@@ -74,6 +82,13 @@ def test_what_is_no_chat_is_refused_with_file_and_line(row, words, tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [ASKED, SAID]}) + "\n" + json.dumps(row) + "\n")
     with pytest.raises(UserError, match=rf"lora.path=.*line 2 of a.jsonl: .*{words}"):
         read_chats(str(tmp_path))
+
+
+@pytest.mark.parametrize("line", ["{", "[" * 100_000, '{"messages": [}', "NaN", "\x00"])
+def test_a_line_that_is_no_json_is_refused(line, tmp_path):
+    (tmp_path / "a.jsonl").write_text(line + "\n")
+    with pytest.raises(UserError, match=r"lora.path=.*line 1 of a.jsonl: "):
+        read_chats(str(tmp_path / "a.jsonl"))
 
 
 def test_a_folder_without_chats_is_refused(tmp_path):
@@ -142,6 +157,29 @@ def test_a_turn_that_is_rendered_anew_later_is_not_learnt():
         {"role": "assistant", "content": "so|Two."},
     ]
     assert [tokenizer.decode(span) for span in spans(encode(tokenizer, chat))] == ["so|Two.<eos>"]
+
+
+def test_a_first_turn_that_answers_nobody_is_read_and_not_learnt():
+    """As many conversations of ShareGPT begin; a template has no prompt of nothing."""
+    chat = messages_of({"messages": [SAID, ASKED, {"role": "assistant", "content": "You."}]})
+    encoded = encode(SPEAKING["plain"], chat)
+    assert [SPEAKING["plain"].decode(span) for span in spans(encoded)] == [" You.<eos>"]
+    assert SPEAKING["plain"].decode(encoded.ids).startswith("Assistant: I.")
+
+
+def test_what_a_template_refuses_is_one_sentence_or_not_learnt():
+    """Some refuse the system's turns, some a prompt after them."""
+    tokenizer = tiny_tokenizer()
+    turns = "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}{{ eos_token }}{% endfor %}"
+    prompt = "{% if add_generation_prompt %}assistant: {% endif %}"
+    refuses = "{% if COND %}{{ raise_exception('No such turns.') }}{% endif %}"
+    chat = [{"role": "system", "content": "Be brief."}, SAID, ASKED, {"role": "assistant", "content": "You."}]
+    tokenizer.chat_template = refuses.replace("COND", "messages[0].role == 'system'") + turns + prompt
+    words = r"refuses a conversation .system, assistant, user, assistant: No such turns\."
+    with pytest.raises(UserError, match=words):
+        encode(tokenizer, chat)
+    tokenizer.chat_template = refuses.replace("COND", "messages | length == 1") + turns + prompt
+    assert [tokenizer.decode(span) for span in spans(encode(tokenizer, chat))] == ["You.<eos>"]
 
 
 def test_a_tokenizer_without_template_gets_a_plain_one():

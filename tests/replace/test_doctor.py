@@ -158,6 +158,23 @@ def test_the_command_survives_a_broken_torch_and_tells_no_secret(tmp_path: Path)
     assert len(text.splitlines()) < 70
 
 
+def test_the_command_needs_the_standard_library_only(tmp_path: Path) -> None:
+    """An interpreter without any package: what is missing is told, with what installs it."""
+    ended = subprocess.run(
+        [sys.executable, "-S", "-m", "replace.doctor", "json=true", "limit=1"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "HOME": str(tmp_path)},
+    )
+    assert ended.stderr == ""
+    assert ended.returncode == 1
+    facts = json.loads(ended.stdout)
+    assert facts["failed"]["what is required"] == "ModuleNotFoundError: No module named 'packaging'"
+    assert any(problem["hinders"] for problem in facts["problems"])
+
+
 def test_a_healthy_machine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """As this one is where the tests run: exit code 0, and what auto takes is what a run would."""
     monkeypatch.setattr(packages, "LIBRARIES", ())
@@ -276,6 +293,12 @@ def test_a_healthy_machine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
             "torchvision 1 does not fit this torch: x",
             "pip uninstall -y torchvision",
             True,
+        ),
+        (
+            {"failed": {"what is required": "ImportError: no"}},
+            "it could not be found",
+            "pip install -c",
+            False,
         ),
         ({"failed": {"memory": "OSError: no"}}, "it could not be found out: memory (OSError: no)", "", False),
     ],
