@@ -2,8 +2,8 @@
 
 A checkpoint is a folder with state.safetensors, whose header also holds the counters, so that one checksum
 covers all that is read, and about.json: the checksum, and the counters once more for a person. Nothing is
-ever unpickled. Of several ranks the first alone reads and writes, so that any number of them goes on where any
-other number stopped.
+ever unpickled. Of several ranks the first alone reads and writes, so that any number of them goes on where
+any other number stopped.
 """
 
 import hashlib
@@ -73,8 +73,7 @@ def load_step(
             state = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
             if state:  # the count of steps stays on the CPU, where the optimizer keeps it
                 optimizer.state[parameter] = {
-                    key: value if key == "step" else like(parameter, value)
-                    for key, value in state.items()
+                    key: value if key == "step" else like(parameter, value) for key, value in state.items()
                 }
     return Progress(about["step"], about["counters"])
 

@@ -1,11 +1,11 @@
 """FSDP2: the decoder layers of a model in shards, one on each rank, while a stage trains.
 
-`fully_shard` is called here directly, layer by layer, as accelerate's own preparation does after it: so what two
-processes prove on a CPU is the code that runs on GPUs, where accelerate's config asks for it. No GPU has run it
-yet. Embeddings, the last norm and, in stages 1 and 2, the replaced attention stay whole on every rank; their
-gradients are summed as without shards. Between the stages the weights are whole again, for what is measured and
-exported: they must fit a device, while gradients, the optimizer's moments and the second model of stage 3 need
-not.
+`fully_shard` is called here directly, layer by layer, as accelerate's own preparation does after it: so what
+two processes prove on a CPU is the code that runs on GPUs, where accelerate's config asks for it. No GPU has
+run it yet. Embeddings, the last norm and, in stages 1 and 2, the replaced attention stay whole on every rank;
+their gradients are summed as without shards. Between the stages the weights are whole again, for what is
+measured and exported: they must fit a device, while gradients, the optimizer's moments and the second model
+of stage 3 need not.
 """
 
 import copy
@@ -30,7 +30,8 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 
 @contextmanager
 def shards(model: Model, number: int, wanted: bool) -> Iterator[Model]:
-    """Yield the model that a stage trains: a twin of `model` in shards, or `model` itself where none are wanted.
+    """Yield the model that a stage trains: a twin of `model` in shards, or `model` itself where none are
+    wanted.
 
     The twin's weights are `model`'s, which has those of the layers back, trained, when the block ends well.
 

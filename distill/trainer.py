@@ -16,8 +16,8 @@ from distill.checkpoint import Progress, load_stage, load_step, save_stage, save
 from distill.sharding import clip_gradients, in_shards
 from distill.stages import LORA, NAMES, Stage, StepResult, replaced_layers
 from distill.watch import Watch
-from replace.config import Config
 from replace import ranks
+from replace.config import Config
 from replace.errors import UserError
 from replace.files import atomic_write
 from replace.interrupt import Hold, held

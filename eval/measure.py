@@ -173,7 +173,9 @@ def measure(
                 measured = result["ablation"]
                 measured |= ranks.by_main(lambda: _unmeasured(config, measured, parts))
             # The rest is small, or a timing that others would disturb.
-            result |= ranks.by_main(lambda: _more(model, tokenizer, config, plan, using, seconds, phase, final))
+            result |= ranks.by_main(
+                lambda: _more(model, tokenizer, config, plan, using, seconds, phase, final)
+            )
     finally:
         model.train(training)
         for parameter in trained:

@@ -87,7 +87,7 @@ FOLDERS = {
     "source": "the folder of a run",
 }
 # What a resumed run may be told anew: none of it changes a figure.
-FREE_ON_RESUME = ("verbose", "logger", "threads", "dry_run")
+FREE_ON_RESUME = ("verbose", "logger", "threads", "dry_run", "devices")
 
 
 class JobErrors(UserError):
@@ -278,7 +278,6 @@ def _validate(config: Config) -> None:
     from replace.validation import check_lora
 
     check_lora(config)
-    check_ranks(config)
     if config.lora.kind in ("auto", "unsloth") and not config.dry_run:
         from distill.lora.first import import_unsloth_first
 
@@ -287,14 +286,16 @@ def _validate(config: Config) -> None:
     from replace.validation import validate
 
     validate(config)
+    check_ranks(config)
     check(config)  # here, because replace knows nothing of eval
 
 
 def _describe(config: Config) -> None:
     from eval.plan import plan_for
-    from replace.dry_run import describe
+    from replace.dry_run import describe, refuse_too_large
 
     print(describe(config, plan_for))
+    refuse_too_large(config)
 
 
 def _check_folder(folder: Path, config: Config) -> None:

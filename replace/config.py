@@ -263,6 +263,19 @@ class LoggerConfig:
 
 
 @dataclass
+class DevicesConfig:
+    """What `dry_run=true` plans for; a run takes what its launcher gives it.
+
+    `processes`, 0 for those of the launch; `sharding`: none (each holds the model) or fsdp2; `memory`: GiB of
+    each device, 0 for what is here.
+    """
+
+    processes: int = 0
+    sharding: str = "none"
+    memory: float = 0.0
+
+
+@dataclass
 class Config:
     """One run; `export_dtype` (fp32, bf16, fp16) is that of the exported weights, the mixers' own excepted.
 
@@ -280,6 +293,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    devices: DevicesConfig = field(default_factory=DevicesConfig)
     experiment: str | None = None
     seed: int = 0
     stages: list[int] = field(default_factory=lambda: [1, 2, 3])

@@ -8,14 +8,19 @@ from typing import Any
 import torch
 
 from replace.config import AttentionConfig, Config, StageBudget
+from replace.errors import bad_value
+from replace.launch import asked_for
 from replace.loading import ModelFacts, check_model
+from replace.machine import device_of_choice, total_memory
 from replace.mixer import VARIANTS, BlockMixer, Heads
 from replace.ranking import MEASURED, measurements
+from replace.ranks import processes, split
 from replace.retrieval import EPISODES, LENGTH
 from replace.validation import selected
 
 PlanFor = Callable[..., Any]
 FP32 = 4
+GIB = 2**30
 BOOKS = 2
 PROBE = 1024
 # A model reaches about this share of a large matrix product's speed: small products, norms, softmax, Python.
@@ -47,6 +52,10 @@ def describe(config: Config, plan_for: PlanFor) -> str:
         evaluation_tokens(config, facts, plan_for) / per_minute,
         choice_passes(config, facts) / per_minute,
     )
+    many = processes(config)
+    training /= many  # what is measured is dealt out in large pieces, so all of it is counted
+    needed, there = memory_bytes(config, facts, plan), memory_of_device(config)
+    each = f" on each of {many} devices ({'FSDP2' if _shards(config) else 'DDP'})" if many > 1 else ""
     others = f"{plan.rest_layers} get {config.layers.rest}" if plan.rest_layers else "others keep theirs"
     lines = [
         f"Dry run of {config.experiment} with budget {config.budget.name}; no weight is loaded.",
@@ -65,13 +74,40 @@ def describe(config: Config, plan_for: PlanFor) -> str:
         lines.append(f"  choice   {_choosing(config, facts)}, about {choice:.1f} minutes")
     lines += [
         f"  time     about {total:.0f} minutes (training {training:.0f}, evaluation {evaluation:.0f})",
-        f"  memory   about {memory_bytes(config, facts, plan) / 2**30:.1f} GiB",
-        f"  disk     about {disk_bytes(config, facts, plan) / 2**30:.1f} GiB in the run's folder",
+        f"  memory   about {needed / GIB:.1f} GiB of {there / GIB:.1f} GiB{each}",
+        f"  disk     about {disk_bytes(config, facts, plan) / GIB:.1f} GiB in the run's folder",
         "All figures are estimates: parameters, memory, disk from shapes in fp32; time from two operations",
         f"a parameter and token, at {SHARE_OF_PEAK:.0%} of a matrix product's speed here just now",
         f"({peak / 1e9:.0f} GFLOP/s). Downloads come on top.",
     ]
+    if many > 1:
+        lines.append(
+            "The devices are taken to be as fast as this one, and what they tell each other to cost nothing."
+        )
     return "\n".join(lines)
+
+
+def refuse_too_large(config: Config) -> None:
+    """Refuse what will not fit into a device, before anything is paid for.
+
+    Raises:
+        UserError: it will not.
+    """
+    facts = check_model(config.model)
+    needed, there = memory_bytes(config, facts, make_plan(config, facts)), memory_of_device(config)
+    if needed <= there:
+        return
+    running = [stage for stage in config.stages if getattr(config.budget, f"stage{stage}").tokens]
+    name = f"budget.stage{max(running, default=1)}.batch"
+    batch = getattr(config.budget, f"stage{max(running, default=1)}").batch
+    remedies = "fewer rows (with stage.accumulate), stage.gradient_checkpointing=true, stages without 3"
+    remedies += "" if _shards(config) else ", or FSDP2 (devices.sharding=fsdp2)"
+    raise bad_value(
+        name,
+        batch,
+        f"what fits into the {there / GIB:.1f} GiB of a device, of which about {needed / GIB:.1f} would be "
+        f"needed; what helps: {remedies}",
+    )
 
 
 def make_plan(config: Config, facts: ModelFacts) -> Plan:
@@ -165,16 +201,57 @@ def _parts(config: Config, facts: ModelFacts) -> dict[str, int]:
 
 
 def memory_bytes(config: Config, facts: ModelFacts, plan: Plan) -> int:
-    """Bytes of weights, originals, the largest stage's gradients and moments, a step's activations."""
+    """Bytes on one device: weights, originals, the largest stage's gradients and moments, its activations.
+
+    In shards (`distill.sharding`) the decoder's layers are divided, but for one that is put together and the
+    next; embeddings and, before stage 3, the replaced attention are not. Between the stages no weight is.
+    """
     running = [stage for stage in config.stages if plan.tokens[stage - 1]]
-    trained = max((plan.trained[stage - 1] for stage in running), default=0)
-    weights = facts.parameters + plan.added + (plan.new_layers + plan.rest_layers) * plan.projections
-    if 3 in running:
-        weights += facts.parameters  # the teacher beside a student that changes everywhere
-    rows = max((budget.batch * budget.length for budget in _budgets(config)), default=0)
-    # About 20 tensors of the hidden width a layer are kept for the backward, three of the vocabulary's.
-    activations = rows * (20 * facts.layers * facts.hidden + 3 * facts.vocab)
-    return FP32 * (weights + 3 * trained + activations)
+    many, shards = processes(config), _shards(config)
+    replaced = plan.new_layers + plan.rest_layers
+    originals = replaced * plan.projections
+    held = facts.parameters + plan.added + originals
+    largest = held
+    for stage in running:
+        trained = plan.trained[stage - 1]
+        teacher = facts.parameters if stage == 3 else 0
+        if shards:
+            outside = facts.vocab * facts.hidden
+            apart = 0 if stage == 3 else originals + plan.added  # the replaced attention
+            layers = facts.parameters + plan.added - outside - apart
+            gathered = 2 * layers // facts.layers
+            weights = outside + apart + layers // many + gathered + originals
+            trained = outside + (trained - outside) // many if stage == 3 else trained
+            teacher = outside + (teacher - outside) // many if teacher else 0
+        else:
+            weights = held
+        largest = max(largest, weights + teacher + 3 * trained)
+    return FP32 * (largest + _activations(config, facts, many))
+
+
+def _activations(config: Config, facts: ModelFacts, many: int) -> int:
+    """Numbers kept for the backward of the rows that one device has at once."""
+    rows = 0
+    for budget in _budgets(config):
+        _, sharing = split(budget.batch, config.stage.accumulate, many)
+        rows = max(rows, budget.batch // sharing * budget.length)
+    # About 20 tensors of the hidden width a layer, of which checkpointing keeps the first; three of the
+    # vocabulary's.
+    kept = facts.layers + 20 if config.stage.gradient_checkpointing else 20 * facts.layers
+    return rows * (kept * facts.hidden + 3 * facts.vocab)
+
+
+def memory_of_device(config: Config) -> int:
+    """Bytes of the device that is planned for, or that is here."""
+    if config.devices.memory:
+        return round(config.devices.memory * GIB)
+    if device_of_choice().type == "cuda":
+        return torch.cuda.get_device_properties(device_of_choice()).total_memory
+    return total_memory()
+
+
+def _shards(config: Config) -> bool:
+    return config.devices.sharding == "fsdp2" or (not config.devices.processes and asked_for() == "FSDP")
 
 
 def disk_bytes(config: Config, facts: ModelFacts, plan: Plan) -> int:

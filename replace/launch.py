@@ -1,7 +1,7 @@
 """Which processes a launcher has started, read from the environment; torch is not imported here.
 
-accelerate's launcher starts one process on CPUs, whatever `--num_processes` says (1.15: the rest is MPI's). Such
-a process becomes torchrun for as many as were asked for.
+accelerate's launcher starts one process on CPUs, whatever `--num_processes` says (1.15: the rest is MPI's).
+Such a process becomes torchrun for as many as were asked for.
 """
 
 import os
@@ -91,7 +91,9 @@ def _asked_of_accelerate() -> tuple[int | None, int]:
     from accelerate.commands.launch import launch_command_parser
 
     words = psutil.Process(os.getppid()).cmdline()
-    start = next((i for i, word in enumerate(words) if word in ("launch", "accelerate.commands.launch")), None)
+    start = next(
+        (i for i, word in enumerate(words) if word in ("launch", "accelerate.commands.launch")), None
+    )
     if start is None:
         start = next((i for i, word in enumerate(words) if word.endswith("accelerate-launch")), None)
     if start is None:

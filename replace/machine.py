@@ -14,12 +14,21 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def device_of_choice() -> torch.device:
-    """CUDA, else Apple's GPU, else the CPU, which a launcher may also ask for; a rank has a GPU of its own."""
+    """CUDA (a rank has a GPU of its own), else Apple's GPU, else the CPU, which a launcher may ask for."""
     if asks_for_cpu():
         return torch.device("cpu")
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def total_memory() -> int:
+    """Bytes of this machine, or of what a container may have of it (cgroup v2)."""
+    limit = CGROUP / "memory.max"
+    total = psutil.virtual_memory().total
+    if limit.is_file() and (most := limit.read_text().strip()).isdigit():
+        return min(total, int(most))
+    return total
 
 
 def free_memory() -> int:

@@ -1,14 +1,14 @@
 """What differs when several processes make one run: who writes, who waits, and what is summed.
 
-`accelerate launch` or `torchrun` starts the processes (ranks); `joined` connects them by accelerate. Every rank
-goes the same way through a run and ends each step with the same weights. Rank 0 alone reads and writes the run's
-folder, and tells the others what it read. With one process every function here does nothing.
+`accelerate launch` or `torchrun` starts the processes (ranks); `joined` connects them by accelerate. Every
+rank goes the same way through a run and ends each step with the same weights. Rank 0 alone reads and writes
+the run's folder, and tells the others what it read. With one process every function here does nothing.
 
-A step's rows are those of one process. Its parts (`stage.accumulate`) go to teams of ranks; in a team each rank
-takes an equal share of a part's rows, so `batch * accumulate` must be a multiple of the ranks and nothing more.
-A loss is a sum over a part's rows divided by a count or a variance; in a team these are taken over all of its
-rows (`total`, `variance`), so what a rank computes is its share of the loss, and the shares of losses, figures
-and gradients add up to what one process computes.
+A step's rows are those of one process. Its parts (`stage.accumulate`) go to teams of ranks; in a team each
+rank takes an equal share of a part's rows, so `batch * accumulate` must be a multiple of the ranks and
+nothing more. A loss is a sum over a part's rows divided by a count or a variance; in a team these are taken
+over all of its rows (`total`, `variance`), so what a rank computes is its share of the loss, and the shares
+of losses, figures and gradients add up to what one process computes.
 """
 
 import json
@@ -27,9 +27,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from replace.config import Config
+from replace.config import Config, DevicesConfig
 from replace.errors import bad_value
 from replace.launch import Lost, asked_for, asks_for_cpu, rank, world
+from replace.machine import device_of_choice
+from replace.precision import dtype_of
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +39,10 @@ WAIT = timedelta(days=1)
 """A rank waits for another for as long as a measurement may last; one that died is noticed at once."""
 BUCKET = 1 << 25
 """Bytes of gradients that are summed in one go."""
+SHARDINGS = ("none", "fsdp2")
+"""What a dry run can plan for."""
 TYPES = ("MULTI_GPU", "MULTI_CPU", "FSDP")
+"""Of accelerate's distributed types, those that a run takes."""
 
 
 @dataclass(frozen=True)
@@ -138,22 +143,35 @@ def check_ranks(config: Config) -> None:
     Raises:
         UserError: a step's rows do not divide, or a phase cannot be shared.
     """
-    if world() == 1:
+    devices = config.devices
+    if devices.processes < 0:
+        raise bad_value("devices.processes", devices.processes, "0 (those of the launch) or more")
+    if devices.sharding not in SHARDINGS:
+        raise bad_value("devices.sharding", devices.sharding, SHARDINGS)
+    if not 0 <= devices.memory < math.inf:
+        raise bad_value("devices.memory", devices.memory, "GiB of a device, or 0 for what is here")
+    if not config.dry_run and devices != DevicesConfig():
+        raise bad_value(
+            "devices", "...", "nothing without dry_run=true: a run takes what its launcher gives it"
+        )
+    many = processes(config)
+    if many == 1:
         return
     budgets = {f"stage{number}": getattr(config.budget, f"stage{number}") for number in config.stages}
     if config.lora.kind != "none":
         budgets["lora"] = config.budget.lora
         if config.lora.qlora:
-            raise bad_value("lora.qlora", True, f"false, since {world()} processes make this run")
+            raise bad_value("lora.qlora", True, f"false, since {many} processes make this run")
     for name, budget in budgets.items():
         if budget.tokens:
-            split(budget.batch, config.stage.accumulate, world(), f"budget.{name}.batch")
-    if _asks_for_shards() and config.precision == "fp16":
-        raise bad_value("precision", "fp16", "bf16 or fp32, since gradients in shards are not scaled here")
+            split(budget.batch, config.stage.accumulate, many, f"budget.{name}.batch")
+    if asked_for() == "FSDP" and dtype_of(config.precision, device_of_choice()) == torch.float16:
+        raise bad_value("precision", config.precision, "bf16 or fp32: gradients in shards are not scaled")
 
 
-def _asks_for_shards() -> bool:
-    return asked_for() == "FSDP"
+def processes(config: Config) -> int:
+    """Those that a run has, or that a dry run is to plan for."""
+    return config.devices.processes or world()
 
 
 def split(batch: int, accumulate: int, ranks: int, name: str = "batch") -> tuple[int, int]:

@@ -1,15 +1,16 @@
 """Runs command lines of `replace` in one or several forked processes that are joined by gloo, one line each.
 
-The modules are imported once. A line of standard input is a JSON object with `arguments`, the number of `ranks`
-and the file `output` for what they print; with `shards`, layers are put in shards as on GPUs, by the same code
-(accelerate would not on a CPU); with `environment`, what else a launcher would set; with `stop`, the rank that
-gets `number`, a signal, once a file matches the glob `when`. The answer is the list of exit codes, negative for
-a signal.
+The modules are imported once. A line of standard input is a JSON object with `arguments`, the number of
+`ranks` and the file `output` for what they print; with `shards`, layers are put in shards as on GPUs, by the
+same code (accelerate would not on a CPU); with `environment`, what else a launcher would set; with `stop`,
+the rank that gets `number`, a signal, once a file matches the glob `when`; with `ends`, the others get
+SIGTERM once one has failed, as torchrun has it. The answer is the list of exit codes, negative for a signal.
 """
 
 import glob
 import json
 import os
+import signal
 import socket
 import sys
 import time
@@ -24,8 +25,8 @@ from replace import __main__ as start
 from replace import ranks
 
 EPS = 1e-2
-"""AdamW's own divides what is all but 0 by itself, and so makes a step of it that rounding decides. With this one
-a step is in proportion to the gradient: rounding does not show, and a gradient of the wrong scale does.
+"""AdamW's own divides what is all but 0 by itself, and so makes a step of it that rounding decides. With this
+one a step is in proportion to the gradient: rounding does not show, and a gradient of the wrong scale does.
 """
 
 
@@ -48,16 +49,16 @@ def child(job, rank, port):
     code = 1  # what an error that nothing caught leaves
     try:
         code = start.main(job["arguments"])
-    except Exception:
-        traceback.print_exc()  # os._exit leaves no room for Python's own
     finally:
+        if sys.exception() is not None:
+            traceback.print_exc()  # os._exit leaves no room for Python's own
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 
 
 def watch(pids, job):
-    """Wait for all; send the signal when it is due, and end the others once one has failed, as torchrun does."""
+    """Wait for all, and send the signal when it is due; returns the exit codes."""
     codes, sent = {}, "number" not in job
     while len(codes) < len(pids):
         for pid in pids:
@@ -65,6 +66,9 @@ def watch(pids, job):
                 ended, status = os.waitpid(pid, os.WNOHANG)
                 if ended:
                     codes[pid] = os.waitstatus_to_exitcode(status)
+        if job.get("ends") and any(codes.values()):
+            for pid in set(pids) - set(codes):
+                os.kill(pid, signal.SIGTERM)
         if not sent and glob.glob(job["when"]) and pids[job["stop"]] not in codes:
             os.kill(pids[job["stop"]], job["number"])
             sent = True

@@ -26,7 +26,7 @@ CHEAP += ["budget.eval.phase_lengths=[144]", "budget.eval.final_lengths=[144]"]
 CHEAP += ["budget.eval.speed_lengths=[16]", "budget.eval.perplexity_tokens=64"]
 CHEAP += ["budget.eval.perplexity_length=64"]
 for stage in (1, 2, 3):
-    CHEAP += [f"budget.stage{stage}.tokens=384", f"budget.stage{stage}.length=64"]
+    CHEAP += [f"budget.stage{stage}.{option}" for option in ("tokens=384", "length=64", "batch=1")]
 
 # With what CHEAP leaves out: rows of recall, scores that learn, a variant in the other layers, llama.
 FULL = [

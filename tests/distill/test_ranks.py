@@ -1,4 +1,5 @@
-"""Several processes make the run of one: the same loss in every step, one writer, checkpoints that any number reads.
+"""Several processes make the run of one: the same loss in every step, one writer, checkpoints that any number
+reads.
 
 Two processes are joined by gloo on the CPU; what puts layers in shards there is the code that GPUs run.
 """
@@ -12,12 +13,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 
 from eval.metrics import read_metrics, without_times
-from replace import ranks
-from replace.compose import compose
+from replace.__main__ import main
+from replace.compose import CONF
 from replace.errors import UserError
+from replace.ranks import Team, check_type, split
 
 WORDS = ("the", "old", "house", "stood", "near", "a", "river", "nobody", "knew", "who", "lived", "there")
 CLOSE = 1e-5
@@ -26,6 +29,7 @@ CLOSE = 1e-5
 # All stages in seconds, with rows of recall, scores that learn, and rates at which a wrong gradient shows.
 TINY = ["+exp=infini", "model=tiny", "budget=smoke", "threads=1", "precision=fp32", "data=files"]
 TINY += ["layers=first", "layers.k=2", "layers.rest=keep", "stage.checkpoint_every=2", "data.path=texts"]
+TINY += ["data.recall=0.75"]
 TINY += ["attention.block=8", "attention.window=8", "attention.pairs=4", "attention.distance_cap=16"]
 TINY += ["budget.eval.phase_lengths=[144]", "budget.eval.final_lengths=[144]", "stage.lr_stage3=1e-2"]
 TINY += ["budget.eval.speed_lengths=[16]", "budget.eval.perplexity_tokens=64"]
@@ -132,10 +136,8 @@ def test_two_processes_go_on_where_one_stopped(server, one):
 
 
 def test_one_process_goes_on_where_two_stopped(server, one):
-    """The signal reaches one of them alone, and not the one that writes; both end, and one of them says how."""
-    code, said = server.run(
-        "down", SHORT, ranks=2, stop=1, number=signal.SIGTERM, when="stage3/step-0000002"
-    )
+    """The signal reaches the one that does not write; both end, and one of them says how."""
+    code, said = server.run("down", SHORT, ranks=2, stop=1, number=signal.SIGTERM, when="stage3/step-0000002")
     assert code == [128 + signal.SIGTERM] * 2, said
     assert said.count("error: interrupted; `python -m replace resume=") == 1
     code, said = server.run("down")
@@ -152,3 +154,146 @@ def test_layers_in_shards_have_the_losses_of_one_process(server, one):
     code, said = server.run("shards", ranks=2, shards=True)
     assert code == [0, 0], said
     assert_same(server.steps("shards"), one)
+
+
+def test_a_process_that_is_killed_ends_the_other_with_a_sentence(server):
+    code, said = server.run("lost", SHORT, ranks=2, stop=1, number=signal.SIGKILL, when="stage2/step-0000002")
+    assert code == [2, -signal.SIGKILL], said
+    assert "Traceback" not in said
+    sentence = said.strip().splitlines()[-1]
+    assert sentence.startswith("error: another of the 2 processes has ended (")
+    assert "`python -m replace resume=" in sentence
+
+
+def test_shards_are_not_promised_where_accelerate_makes_none(server):
+    """Asked for FSDP on CPUs it replicates the model and says nothing."""
+    asked = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "ACCELERATE_USE_CPU": "true"}
+    code, said = server.run("refused", SHORT, ranks=2, environment=asked, ends=True)
+    assert 2 in code
+    assert set(code) <= {2, -signal.SIGTERM}
+    assert said.splitlines()[-1].startswith("error: distributed_type='FSDP' is not possible; allowed: ")
+    assert said.count("error:") == 1, "the other one waits for rank 0 to say it"
+    assert not (server.folder / "refused").exists()
+
+
+@pytest.mark.parametrize(
+    ("asked", "made", "version", "word"),
+    [
+        ("FSDP", "MULTI_GPU", None, "distributed_type='FSDP'"),
+        (None, "DEEPSPEED", None, "distributed_type='DEEPSPEED'"),
+        (None, "NO", None, "distributed_type='NO'"),
+        ("FSDP", "FSDP", 1, "fsdp_version=1"),
+    ],
+)
+def test_what_accelerate_makes_is_what_was_asked_for(monkeypatch, asked, made, version, word):
+    of_two(monkeypatch)
+    check_type("FSDP", "FSDP", 2, 2)
+    check_type(None, "MULTI_CPU", 2)
+    with pytest.raises(UserError, match=word):
+        check_type(asked, made, 2, version)
+    with pytest.raises(UserError, match="num_processes=1"):
+        check_type(None, "MULTI_GPU", 1)
+
+
+def of_two(monkeypatch, number=0):
+    """This process is one of two, as the environment says."""
+    for name, value in (("WORLD_SIZE", 2), ("RANK", number), ("LOCAL_RANK", number)):
+        monkeypatch.setenv(name, str(value))
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (["budget.stage2.batch=3"], "budget.stage2.batch=3"),
+        (["budget.stage2.batch=3", "stage.accumulate=3"], "stage.accumulate=3"),
+        (["lora=peft", "budget.lora.batch=1"], "budget.lora.batch=1"),
+        (["lora=peft", "lora.qlora=true"], "lora.qlora=True"),
+        (["--multirun", "seed=1,2"], "argument='--multirun'"),
+    ],
+)
+def test_rows_that_do_not_divide_are_refused_before_anything_is_loaded(
+    monkeypatch, capsys, tmp_path, options, word
+):
+    of_two(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    assert main(["+exp=infini", "model=tiny", "budget=smoke", *options]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1
+    assert word in said[0]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("batch", "accumulate", "count"),
+    [(2, 1, 2), (1, 2, 2), (4, 3, 2), (2, 2, 4), (6, 4, 8), (6, 4, 12), (3, 1, 1), (8, 8, 16)],
+)
+def test_every_row_is_some_ranks(batch, accumulate, count):
+    """Each once, and every rank has as many."""
+    teams, size = split(batch, accumulate, count)
+    seen = []
+    for number in range(count):
+        team = Team(teams, number // size, number % size, size)
+        rows = range(batch)[team.share(batch)]
+        mine = [(part, row) for part in team.parts(accumulate) for row in rows]
+        assert len(mine) == batch * accumulate // count
+        seen += mine
+    assert sorted(seen) == [(part, row) for part in range(accumulate) for row in range(batch)]
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_the_sample_configs_are_accelerates(name):
+    """Their lines for two machines too."""
+    file = CONF / "accelerate" / f"{name}.yaml"
+    wanted = {"ddp": "MULTI_GPU", "fsdp2": "FSDP"}[name]
+    assert load_config_from_file(str(file)).distributed_type.value == wanted
+    lines = file.read_text().splitlines()
+    more = [line.removeprefix("# ") for line in lines if line.startswith(("# num", "# main"))]
+    assert len(more) == 4
+    several = yaml.safe_load(
+        "\n".join(line for line in lines if not line.startswith("num")) + "\n".join(["", *more])
+    )
+    assert several["num_machines"] == 2
+    assert set(several) >= {"main_process_ip", "main_process_port", "num_processes"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shards", [False, True])
+def test_four_processes_in_two_teams_with_activation_checkpointing(server, shards):
+    """Two parts of two rows: each team does a part, each of its ranks a row."""
+    options = [*SHORT, "stage.accumulate=2", "stage.gradient_checkpointing=true"]
+    name = f"four_{shards}"
+    code, said = server.run(f"{name}_one", [*SHORT, "stage.accumulate=2"])
+    assert code == [0], said
+    code, said = server.run(name, options, ranks=4, shards=shards)
+    assert code == [0] * 4, said
+    assert_same(server.steps(name), server.steps(f"{name}_one"))
+
+
+@pytest.mark.slow
+def test_adapters_are_trained_by_two_processes_as_by_one(server):
+    options = [*SHORT, "lora=peft", "lora.data=text", "budget.lora.length=120", "budget.lora.tokens=960"]
+    options += [f"budget.stage{number}.tokens=0" for number in (1, 3)]
+    for run, count in (("adapters_one", 1), ("adapters", 2)):
+        code, said = server.run(run, options, ranks=count)
+        assert code == [0] * count, said
+    assert {line["stage"] for line in server.steps("adapters")} == {2, "lora"}
+    assert_same(server.steps("adapters"), server.steps("adapters_one"))
+
+
+@pytest.mark.slow
+def test_the_command_of_the_readme(server, one):
+    """By accelerate's launcher, which on CPUs starts one process whatever is asked for."""
+    said = {}
+    for count in (1, 2):
+        launch = ["launch", "--cpu", "--num_processes", str(count), "-m", "replace", *SHORT]
+        command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *launch]
+        done = subprocess.run(
+            [*command, f"hydra.run.dir=launched_{count}", "stage.lr_stage3=1e-5"],
+            cwd=server.folder, capture_output=True, text=True, check=False,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        said[count] = done.stdout + done.stderr
+    assert said[2].count("report.md and report.html") == 1
+    ends = [server.steps(f"launched_{count}") for count in (1, 2)]
+    assert_same(ends[1], ends[0])
