@@ -56,6 +56,13 @@ def save_step(
     later = [path for path in present if path.name > newest.name]  # damaged: the stage began before them
     for old in [*later, *[path for path in present if path not in later][:-KEEP]]:
         _remove(old)
+    # Of the best steps those stay that a checkpoint which is left would go on with.
+    left = [_step_of(path) for path in folder.glob("step-*")]
+    best = {_step_of(path): path for path in folder.glob("best-*")}
+    needed = {max((step for step in best if step <= at), default=None) for at in left}
+    for step, path in best.items():
+        if step not in needed:
+            _remove(path)
 
 
 def load_step(
@@ -78,13 +85,37 @@ def load_step(
     return Progress(about["step"], about["counters"])
 
 
+def save_best(folder: Path, names: list[str], model: nn.Module, step: int) -> None:
+    """Write `folder/best-<n>`: the trained parameters of the step that is the best so far."""
+    tensors = _parameters(model, names)
+    if ranks.is_main():
+        _write(folder / f"best-{step:07d}", tensors, {"step": step})
+
+
+def load_best(folder: Path, model: nn.Module, step: int) -> bool:
+    """Take over the parameters of the best step; False, and nothing is changed, where they are damaged."""
+    read = ranks.by_main_read(lambda: _read(folder / f"best-{step:07d}"))
+    if read is None:
+        logger.warning("checkpoint best-%07d is damaged; the last step's weights are taken", step)
+        return False
+    _restore(model, read[0])
+    return True
+
+
+def forget_best(folder: Path, step: int) -> None:
+    """Drop the best steps after `step`, at which a stage goes on and will find them anew."""
+    for path in folder.glob("best-*") if ranks.is_main() else ():
+        if _step_of(path) > step:
+            _remove(path)
+
+
 def save_stage(folder: Path, names: list[str], model: nn.Module, about: dict) -> None:
     """Write a finished stage's parameters to `folder/final`; the checkpoints inside the stage go."""
     tensors = _parameters(model, names)
     if not ranks.is_main():
         return
     _write(folder / "final", tensors, about)
-    for old in folder.glob("step-*"):
+    for old in [*folder.glob("step-*"), *folder.glob("best-*")]:
         _remove(old)
 
 
@@ -126,6 +157,11 @@ def load_last(run: Path, model: nn.Module, adopted: Path | None = None) -> tuple
             _restore(model, {name: tensor for name, tensor in read[0].items() if name in present})
             return number, read[1]["step"]
     return last
+
+
+def _step_of(path: Path) -> int:
+    """The step that a checkpoint inside a stage is of."""
+    return int(path.name.rpartition("-")[2])
 
 
 def _parameters(model: nn.Module, names: list[str]) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ attention, shows beside a teacher that got the same rows: the same parameters as
 rates, and of the objective the cross-entropy, since its distance to itself is nothing.
 """
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -43,11 +44,14 @@ def continued_stage(model: PreTrainedModel, config: Config, number: int, layers:
     if config.stage.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
-    def step(batch: Batch, scale: float) -> StepResult:
+    def step(batch: Batch, scale: float | None) -> StepResult:
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.padding, "use_cache": False}
-        hidden, head = final_hidden(model, inputs), head_of(model)
+        head = head_of(model)
+        with torch.set_grad_enabled(scale is not None):
+            hidden = final_hidden(model, inputs)
         loss = language_loss(hidden, None, head, head, batch.input_ids, batch.answers, batch.padding, "ce")
-        (loss.total * scale).backward()
+        if scale is not None:
+            (loss.total * scale).backward()
         return {"loss": float(loss.total.detach()), "kl": 0.0, "ce": loss.ce, "answers": loss.answers}
 
     decay = config.stage.weight_decay

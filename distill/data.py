@@ -63,11 +63,11 @@ def check_text(documents: list[Document], tokenizer: PreTrainedTokenizerBase, co
         allowed += f"budget.stage{number}.length (the longest has {longest})"
         raise bad_value(field, value, allowed)
     for number, length in lengths.items():
-        if _share(config, number):
+        if share_of(config, number):
             _check_episodes(tokenizer, config, number, length)
 
 
-def _share(config: Config, number: int) -> float:
+def share_of(config: Config, number: int) -> float:
     """The share of recall episodes among a stage's rows."""
     return config.data.recall_transfer if number == 1 else config.data.recall
 
@@ -106,19 +106,21 @@ class Mixture:
         *,
         stage: int,
         share: float,
+        split: str = "train",
     ) -> None:
         """
         Args:
-            documents: the corpus; only the training split is drawn from.
+            documents: the corpus; only `split` is drawn from.
             share: the share of recall episodes among the rows.
+            split: of the text, and of the episodes' phrasings.
         """
-        train = [document for document in documents if document.split == "train"]
-        self.tokenizer = tokenizer
-        self.rows = blocks(train, tokenizer, budget.length)
+        chosen = [document for document in documents if document.split == split]
+        self.tokenizer, self.split = tokenizer, split
+        self.rows = blocks(chosen, tokenizer, budget.length)
         self.budget, self.stage, self.share, self.seed = budget, stage, share, config.seed
         self.accumulate = config.stage.accumulate
         self.clear = _clear(config, budget.length)
-        self.haystacks: list[HaystackSource] = [haystack(name, train, tokenizer) for name in HAYSTACKS]
+        self.haystacks: list[HaystackSource] = [haystack(name, chosen, tokenizer) for name in HAYSTACKS]
         order = torch.Generator().manual_seed(config.seed * 1000 + stage)
         self.order = torch.randperm(len(self.rows), generator=order)
 
@@ -160,7 +162,7 @@ class Mixture:
                     depth,
                     kind,
                     source,
-                    "train",
+                    self.split,
                     needles=needles,
                     clear=self.clear,
                 )

@@ -46,15 +46,16 @@ class Stage:
 
     Attributes:
         groups: optimizer groups, `{"params", "lr", "weight_decay", "name"}`.
-        step: adds the gradients of a batch, scaled by its second argument, and returns the losses; a batch is
-            what its rows are made of: `Batch`, or `Packed` for the adapters.
+        step: adds the gradients of a batch, scaled by its second argument, and returns the losses; without a
+            gradient where that is None. A batch is what its rows are made of: `Batch`, or `Packed` for the
+            adapters, which are never asked for losses alone.
         names: the trainable parameters' names, what a checkpoint must hold.
         idle: why there is nothing to learn; None where there is.
     """
 
     number: int
     groups: list[dict]
-    step: Callable[[Any, float], StepResult]
+    step: Callable[[Any, float | None], StepResult]
     names: list[str]
     idle: str | None = None
 
@@ -177,7 +178,7 @@ def transfer_stage(model: PreTrainedModel, config: Config) -> Stage:
             )
     scored = sum(bool(getattr(layer.mixer, "learns_score", False)) for layer in layers.values())
 
-    def step(batch: Batch, scale: float) -> StepResult:
+    def step(batch: Batch, scale: float | None) -> StepResult:
         raw: dict[int, float] = {}
         losses: dict[str, float] = {"loss": 0.0, "transfer": 0.0, "score": 0.0}
         later: dict[int, Tensor] = {}
@@ -196,7 +197,7 @@ def transfer_stage(model: PreTrainedModel, config: Config) -> Stage:
             layer, target = layers[index], output[0].detach()
             hidden = args[0] if args else kwargs["hidden_states"]  # families differ
             given = {k: v.detach() if isinstance(v, Tensor) else v for k, v in kwargs.items()}
-            with torch.enable_grad():
+            with torch.set_grad_enabled(scale is not None):
                 total = torch.zeros((), device=target.device)
                 if index in seen:
                     tables = kwargs.get("position_embeddings")
@@ -216,7 +217,7 @@ def transfer_stage(model: PreTrainedModel, config: Config) -> Stage:
                     taught = score_loss(score, later.pop(index), mixer.options.pairs, mixer.options.sinks)
                     losses["score"] += float(taught.detach()) / scored
                     total = total + taught
-                if total.requires_grad:
+                if scale is not None and total.requires_grad:
                     (total * scale / len(layers)).backward()
             if index == last and not whole_pass:
                 raise Stop
@@ -308,14 +309,15 @@ def language_stage(
             with teacher_attention(model), at_rest(model):
                 yield model
 
-    def step(batch: Batch, scale: float) -> StepResult:
+    def step(batch: Batch, scale: float | None) -> StepResult:
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.padding, "use_cache": False}
         teacher_hidden, teacher_head = None, head_of(model)
         if needs_teacher:
             with torch.no_grad(), as_teacher() as source:
                 teacher_hidden, teacher_head = final_hidden(source, inputs), head_of(source)
-        hidden = final_hidden(model, inputs)
-        if not hidden.requires_grad:
+        with torch.set_grad_enabled(scale is not None):
+            hidden = final_hidden(model, inputs)
+        if scale is not None and not hidden.requires_grad:
             raise UserError(
                 f"the loss of stage {number} ({NAMES[number]}) has no gradient; "
                 f"frozen is everything but {len(names)} parameters."
@@ -330,7 +332,8 @@ def language_stage(
             batch.padding,
             stage.objective,
         )
-        (loss.total * scale).backward()
+        if scale is not None:
+            (loss.total * scale).backward()
         return {"loss": float(loss.total.detach()), "kl": loss.kl, "ce": loss.ce, "answers": loss.answers}
 
     return Stage(number, groups, step, names, idle)

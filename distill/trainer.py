@@ -13,6 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from distill.checkpoint import Progress, load_stage, load_step, save_stage, save_step
+from distill.dev import Dev, DevRows
 from distill.sharding import clip_gradients, in_shards
 from distill.stages import LORA, NAMES, Stage, StepResult, replaced_layers
 from distill.watch import Watch
@@ -70,8 +71,19 @@ def vocabulary_of(model: nn.Module) -> int | None:
     return None if config is None else config.get_text_config(decoder=True).vocab_size
 
 
-def train(model: nn.Module, stage: Stage, mixture: Rows, config: Config, run_dir: Path, log: Logger) -> dict:
+def train(
+    model: nn.Module,
+    stage: Stage,
+    mixture: Rows,
+    config: Config,
+    run_dir: Path,
+    log: Logger,
+    held_out: DevRows | None = None,
+) -> dict:
     """Run one stage, or what is left of it.
+
+    Args:
+        held_out: rows on which its loss is measured in between, see `distill.dev`.
 
     Returns:
         the phase's "training" figures.
@@ -88,11 +100,12 @@ def train(model: nn.Module, stage: Stage, mixture: Rows, config: Config, run_dir
     if stage.idle is not None:
         return _left_out(model, stage, folder)
     with held() as hold:
+        dev = Dev(model, stage, held_out or DevRows(), config, folder, log)
         rows = getattr(config.budget, stage.phase).batch
         # A shard is gathered in the dtype that it has.
         cast = nullcontext() if in_shards(model) else cast_once(model, config.precision)
         with cast, ranks.teamed(rows, config.stage.accumulate) as team:
-            training = _steps(model, stage, mixture, config, run_dir, log, hold, team)
+            training = _steps(model, stage, mixture, config, run_dir, log, hold, team, dev)
         save_stage(folder, stage.names, model, {"training": training})
     return training
 
@@ -115,6 +128,7 @@ def _steps(
     log: Logger,
     hold: Hold,
     team: ranks.Team,
+    dev: Dev,
 ) -> dict:
     """The steps that are left of a stage; returns its counters."""
     options, folder = config.stage, run_dir / "checkpoints" / stage.phase
@@ -139,6 +153,7 @@ def _steps(
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
     ranks.same_start(trainable)
     model.train()
+    dev.begin(counters.pop("dev", None), progress.step)
     bar = tqdm(
         range(progress.step, steps),
         initial=progress.step,
@@ -199,16 +214,19 @@ def _steps(
         counters.setdefault("loss_first", last["loss"])
         counters["loss_last"] = last["loss"]
         bar.set_postfix(loss=f"{last['loss']:.3f}")
-        if step % LOG_EVERY == 0 or step == steps - 1:
+        found = dev(step + 1, steps, counters["tokens"])
+        if step % LOG_EVERY == 0 or step == steps - 1 or found is not None:
             rate = (counters["tokens"] - tokens_begun) / max(1e-9, time.perf_counter() - began)
-            _log_step(run_dir, log, stage, step, last, counters, base[0] * factor, rate)
+            _log_step(run_dir, log, stage, step, last, counters, base[0] * factor, rate, found)
         hold.code = ranks.most(hold.code or 0) or None
+        if dev.stopped:
+            break
         due = (step + 1) % options.checkpoint_every == 0 or hold.code is not None
         if due and step + 1 < steps:
-            kept = {"scaler": scaler.state_dict(), "watched": watch.state()}
+            kept = {"scaler": scaler.state_dict(), "watched": watch.state(), "dev": dev.losses}
             save_step(folder, stage.names, model, optimizer, Progress(step + 1, counters | kept))
             hold.end()
-    return dict(counters)
+    return counters | dev.close()
 
 
 def forget_steps(run_dir: Path, stage: int, step: int) -> None:
@@ -238,6 +256,7 @@ def _log_step(
     counters: dict,
     rate: float,
     speed: float,
+    dev_loss: float | None,
 ) -> None:
     """One line of train.jsonl; its losses go to the logger too."""
     line = {
@@ -252,6 +271,8 @@ def _log_step(
         "clamped": counters["clamped"],
         "nonfinite": counters["nonfinite"],
     }
+    if dev_loss is not None:
+        line["dev_loss"] = dev_loss
     if not ranks.is_main():
         return
     with (run_dir / "train.jsonl").open("a", encoding="utf-8") as file:

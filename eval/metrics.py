@@ -33,7 +33,9 @@ A phase is one of PHASES and has, as far as it was measured,
      "choice": of the teacher: the ranking of its layers, see replace.ranking, and "taken": layers,
      "training": {"tokens", "loss_first", "loss_last", "skipped_steps", "clamped", "nonfinite",
                   "patterns": {"<of distill.watch>": step at which it was first seen},
-                  "why" of a stage that had nothing to learn, and only then},
+                  "why" of a stage that had nothing to learn, and only then,
+                  "dev": {"rows", "losses": [[steps done, loss]], "best_step", "taken_step",
+                          "stopped_early"}, see distill.dev},
      "tuning" (of lora): {"backend": peft or unsloth, "why", "targets", "rank", "data", "merge_difference",
                           "held_out": {"before", "after", "difference", "standard_error", "tokens", "rows"}}}
 

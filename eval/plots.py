@@ -106,7 +106,7 @@ def draw_all(
 
 
 def loss_by_stage(log: Sequence[dict]) -> Figure:
-    """One panel a stage: the loss of each logged step and a running mean, over tokens."""
+    """One panel a stage: the loss of each logged step, a running mean, and the dev loss, over tokens."""
     stages = sorted({str(line["stage"]) for line in log if line.get("loss") is not None})
     if not stages:
         raise NotMeasured("no stage was trained")
@@ -117,11 +117,17 @@ def loss_by_stage(log: Sequence[dict]) -> Figure:
         losses = [line["loss"] for line in lines]
         axis.plot(tokens, losses, ".", color=SKY, markersize=4, label="logged step")
         axis.plot(tokens, _running_mean(losses), color=BLUE, label="running mean")
+        dev = [line for line in lines if line.get("dev_loss") is not None]
+        if dev:
+            places, held_out = [line["tokens"] / 1000 for line in dev], [line["dev_loss"] for line in dev]
+            axis.plot(places, held_out, "o-", color=ORANGE, markersize=4, label="dev text")
+            losses = losses + held_out
         scale_of(axis, losses)
         axis.set_title(PHASE_WORDS.get(stage, f"stage {stage.removeprefix('stage')}"))
         axis.set_xlabel("thousand tokens")
     axes[0][0].set_ylabel("loss")
-    axes[0][0].legend(frameon=False)
+    panel = max(axes[0], key=lambda axis: len(axis.get_lines()))  # one that shows all there is
+    panel.legend(frameon=False)
     return figure
 
 

@@ -162,6 +162,7 @@ def render(
         choices=_choices(phases, main),
         cost=_cost(phases, student),
         training=_training(metrics, log),
+        dev_losses=_dev_losses(metrics["phases"]),
         replaced=_replaced(metrics),
         outputs=_outputs(main, student),
         checklist=_checklist(metrics.get("checklist") or checklist(metrics, log, config)),
@@ -420,6 +421,26 @@ def _training(metrics: dict, log: Sequence[dict]) -> list[dict]:
                 }
             )
     return rows
+
+
+def _dev_losses(phases: dict) -> list[str]:
+    """A sentence for each phase whose loss on the dev text was to be measured while it trained."""
+    said = []
+    for name in PHASES:
+        dev = phases.get(name, {}).get("training", {}).get("dev")
+        if not dev:
+            continue
+        if dev["losses"] is None:
+            said.append(f"{PHASE_WORDS[name]}: not measured, since {dev['why']}")
+            continue
+        losses = dict(dev["losses"])
+        (first, begun), *_, (last, ended) = dev["losses"]
+        words = f"{short(begun)} after step {first}, {short(ended)} after step {last}"
+        if dev["best_step"] not in (None, last):
+            words += f"; lowest after step {dev['best_step']}: {short(losses[dev['best_step']])}"
+        words += f"; the weights after step {dev['taken_step']} are taken"
+        said.append(f"{PHASE_WORDS[name]}: {words}{'; it ended early' if dev['stopped_early'] else ''}")
+    return said
 
 
 def _loss(entry: dict, lines: Sequence[dict]) -> str:

@@ -165,7 +165,12 @@ class BudgetConfig:
 
 @dataclass
 class StageConfig:
-    """How the three stages train: learning rates by parameter group, losses, guards."""
+    """How the three stages train: learning rates by parameter group, losses, guards.
+
+    Every `validate_every` steps (0: never) a stage's own loss is measured on `validate_rows` rows of the dev
+    text; the best step's weights are kept and taken at the end if they are better than the last. After
+    `patience` measurements without a better one (0: never) the stage ends early. See `distill/dev.py`.
+    """
 
     transfer_loss: str = "mse"
     objective: str = "kl"
@@ -182,6 +187,9 @@ class StageConfig:
     max_skipped: int = 5
     weight_decay: float = 0.0
     checkpoint_every: int = 20
+    validate_every: int = 0
+    validate_rows: int = 8
+    patience: int = 0
     gradient_checkpointing: bool = False
 
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -249,6 +250,22 @@ def at_rest(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def uncounted(model: nn.Module) -> Iterator[None]:
+    """Calls, clamped and non-finite updates within the block do not count."""
+    names = ("calls", "clamped", "nonfinite")
+    held: dict[nn.Module, dict[str, Any]] = {
+        module.mixer: {name: vars(module.mixer)[name] for name in names if name in vars(module.mixer)}
+        for module in model.modules()
+        if isinstance(module, ReplacedAttention)
+    }
+    try:
+        yield
+    finally:
+        for mixer, counters in held.items():
+            vars(mixer).update(counters)
 
 
 def mixers(model: nn.Module) -> dict[int, nn.Module]:

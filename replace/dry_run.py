@@ -127,6 +127,9 @@ def make_plan(config: Config, facts: ModelFacts) -> Plan:
     # Stage 1: a teacher's forward and the new layers' work; 2 and 3: two forwards, a backward of 1.5 or 2.
     shares = (1 + 3 * local / facts.parameters, 3.5, 4.0)
     training = sum(count * share for count, share in zip(tokens, shares, strict=True))
+    training += sum(
+        _held_out_passes(config, budget, count) for budget, count in zip(budgets, tokens, strict=True)
+    )
     tuned = _whole_steps(config.budget.lora, config.stage.accumulate) if config.lora.kind != "none" else 0
     training += 2.0 * tuned  # no gradient of the weights that the adapters are beside
     return Plan(
@@ -139,6 +142,15 @@ def make_plan(config: Config, facts: ModelFacts) -> Plan:
         training_passes=training,
         tuned=tuned,
     )
+
+
+def _held_out_passes(config: Config, budget: StageBudget, tokens: int) -> float:
+    """Token-passes of the dev losses during a stage: two forwards each, one before its first step."""
+    every = config.stage.validate_every
+    if not every or not tokens:
+        return 0.0
+    steps = tokens // (budget.batch * config.stage.accumulate * budget.length)
+    return 2.0 * (1 + -(-steps // every)) * config.stage.validate_rows * budget.length
 
 
 def choice_passes(config: Config, facts: ModelFacts) -> float:

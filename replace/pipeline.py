@@ -16,7 +16,8 @@ from transformers.cache_utils import DynamicCache
 
 from distill.checkpoint import load_stage
 from distill.continued import continued_stage
-from distill.data import Mixture, check_text
+from distill.data import Mixture, check_text, share_of
+from distill.dev import dev_rows
 from distill.lora.tune import check_tuning, tune, tunes
 from distill.selection import rank
 from distill.sharding import shard, shards
@@ -143,9 +144,10 @@ def _phases(
     for number in todo:
         with phase(metrics, run_dir, f"stage{number}", log) as result:
             mixture = _mixture(loaded, documents, config, number)
+            held_out = dev_rows(tokenizer, documents, config, number)
             with shards(model, number, ranks.sharded()) as subject:
                 stage = _stage(subject, config, number)
-                training = train(subject, stage, mixture, config, run_dir, log)
+                training = train(subject, stage, mixture, config, run_dir, log, held_out)
             if result is not None:
                 name, last = f"stage{number}", final == f"stage{number}"
                 if last or "why" not in training:  # a model that learned nothing was measured before
@@ -221,7 +223,8 @@ def continued_teacher(
             stage = continued_stage(subject, config, number, layers)
             if stage is not None:
                 mixture = _mixture(loaded, documents, config, number)
-                trained.append(train(subject, stage, mixture, config, folder, NoLogger()))
+                held_out = dev_rows(loaded.tokenizer, documents, config, number)
+                trained.append(train(subject, stage, mixture, config, folder, NoLogger(), held_out))
     name = "continued_teacher"
     result = measure(model, loaded.tokenizer, config, phase=name, final=False, using=using)
     if trained:
@@ -421,8 +424,7 @@ def _stage(model: PreTrainedModel, config: Config, number: int) -> Stage:
 
 def _mixture(loaded: Loaded, documents: list[Document], config: Config, number: int) -> Mixture:
     """The rows of one stage."""
-    share = config.data.recall_transfer if number == 1 else config.data.recall
-    budget = getattr(config.budget, f"stage{number}")
+    budget, share = getattr(config.budget, f"stage{number}"), share_of(config, number)
     return Mixture(loaded.tokenizer, documents, config, budget, stage=number, share=share)
 
 

@@ -206,6 +206,16 @@ def teamed(batch: int, accumulate: int) -> Iterator[Team]:
             dist.destroy_process_group(group)
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within the block each rank does rows by itself; those of a sharded model have to do the same ones."""
+    token = _team.set(Team())
+    try:
+        yield
+    finally:
+        _team.reset(token)
+
+
 def total(value: Tensor) -> Tensor:
     """The sum of a count over the rows of this part, which the ranks of a team share; without gradient."""
     group = _team.get().group

@@ -27,7 +27,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -35,7 +35,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from replace.convert import at_rest, attention_layers, conversion_of, mixers, probe_ids
+from replace.convert import at_rest, attention_layers, conversion_of, probe_ids, uncounted
 from replace.layer import AttentionModule, ReplacedAttention
 from replace.precision import autocast
 
@@ -377,21 +377,14 @@ def _look(model: PreTrainedModel, wanted: str, precision: str, training: bool) -
     ids = probe_ids(model, LENGTH).repeat(2, 1)
     padded = torch.ones_like(ids)
     padded[1, -3:] = 0
-    held: dict[nn.Module, dict[str, Any]] = {
-        mixer: {n: vars(mixer)[n] for n in ("calls", "clamped", "nonfinite") if n in vars(mixer)}
-        for mixer in mixers(model).values()
-    }
     calls = _Calls(wanted)
     devices = [model.device] if model.device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices=devices), at_rest(model), autocast(precision, model.device):
-            for graph in (False, True) if training else (False,):
-                with torch.set_grad_enabled(graph), calls.watching(model), calls:
-                    model(input_ids=ids[:1], use_cache=False)
-                    model(input_ids=ids, attention_mask=padded, use_cache=False)
-    finally:
-        for mixer, counters in held.items():
-            vars(mixer).update(counters)
+    fork = torch.random.fork_rng(devices=devices)
+    with fork, uncounted(model), at_rest(model), autocast(precision, model.device):
+        for graph in (False, True) if training else (False,):
+            with torch.set_grad_enabled(graph), calls.watching(model), calls:
+                model(input_ids=ids[:1], use_cache=False)
+                model(input_ids=ids, attention_mask=padded, use_cache=False)
     return calls
 
 

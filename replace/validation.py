@@ -564,9 +564,15 @@ def _check_stages(config: Config) -> None:
     _require(0 <= stage.warmup <= 1, "stage.warmup", stage.warmup, "a share from 0 to 1")
     _require(0 <= stage.weight_decay <= 1, "stage.weight_decay", stage.weight_decay, "a number from 0 to 1")
     _require(stage.clip > 0, "stage.clip", stage.clip, "a number above 0")
-    for name in ("accumulate", "max_skipped", "checkpoint_every"):
+    for name in ("accumulate", "max_skipped", "checkpoint_every", "validate_rows"):
         value = getattr(stage, name)
         _require(value >= 1, f"stage.{name}", value, "a whole number of at least 1")
+    every, patience = stage.validate_every, stage.patience
+    _require(every >= 0, "stage.validate_every", every, "0 (never) or a number of steps")
+    allowed = "0 (never end early) or a number of measurements"
+    _require(patience >= 0, "stage.patience", patience, allowed)
+    allowed = "0 beside stage.validate_every=0, since nothing would be measured to wait for"
+    _require(patience == 0 or every > 0, "stage.patience", patience, allowed)
 
 
 def _check_budget(config: Config) -> None:

@@ -24,11 +24,12 @@ from replace import reproduce
 
 
 def die_in_write(count):
-    """Kill this process when the state of its `count`-th checkpoint is half written."""
+    """Kill this process when its `count`-th checkpoint is half written; best steps do not count."""
     plain, calls = distill.checkpoint.save_file, []
 
     def half(tensors, path, metadata):
-        calls.append(path)
+        if ".best-" not in str(path):
+            calls.append(path)
         plain(tensors, path, metadata)
         if len(calls) == count:
             data = Path(path).read_bytes()

@@ -20,6 +20,7 @@ WORDS = ("the", "old", "house", "stood", "near", "a", "river", "nobody", "knew",
 # All stages on a tiny model in about two seconds; GPT-2 because it has dropout, which draws random numbers.
 CHEAP = ["+exp=infini", "model=tiny", "model.family=gpt2", "budget=smoke", "threads=1", "eval=perplexity"]
 CHEAP += ["layers=first", "layers.k=2", "layers.rest=keep", "data=files", "stage.checkpoint_every=2"]
+CHEAP += ["stage.validate_every=1", "stage.validate_rows=1"]
 CHEAP += ["attention.block=8", "attention.window=8", "attention.pairs=4", "attention.distance_cap=16"]
 CHEAP += ["attention.pairs_score=key_norm", "data.recall=0", "data.recall_transfer=0"]
 CHEAP += ["budget.eval.phase_lengths=[144]", "budget.eval.final_lengths=[144]"]
@@ -97,7 +98,9 @@ def test_a_run_survives_two_kills_and_a_polite_end(server, whole):
     code, _ = server.run("survivor", [*CHEAP, "data.path=texts"], half=2)
     assert code == -signal.SIGKILL
     left = [path.name for path in (run / "checkpoints" / "stage1").iterdir()]
-    assert sorted(re.sub(r"\..{8}\.", ".*.", name) for name in left) == [
+    assert any(name.startswith("best-") for name in left)
+    steps = [name for name in left if "step-" in name]
+    assert sorted(re.sub(r"\..{8}\.", ".*.", name) for name in steps) == [
         ".step-0000004.*.part",
         "step-0000002",
     ]
@@ -120,6 +123,10 @@ def test_a_run_survives_two_kills_and_a_polite_end(server, whole):
     code, said = server.run(run, [])
     assert code == 0, said
     assert server.result("survivor") == whole
+    for stage in (1, 2, 3):
+        dev = whole[0]["phases"][f"stage{stage}"]["training"]["dev"]
+        assert [step for step, _ in dev["losses"]] == list(range(7))
+        assert f"- stage {stage}: {dev['losses'][0][1]:.3g}"[:12] in (run / "report.md").read_text()
 
 
 def test_a_run_is_reproduced_from_its_record_alone(server, whole):

@@ -32,7 +32,7 @@ def lora_stage(model: PreTrainedModel, config: Config) -> Stage:
     if config.stage.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
-    def step(batch: Packed, scale: float) -> StepResult:
+    def step(batch: Packed, scale: float | None) -> StepResult:
         total = loss_of(model, batch)
         if not total.requires_grad:
             raise UserError(
@@ -41,7 +41,8 @@ def lora_stage(model: PreTrainedModel, config: Config) -> Stage:
             )
         # The loop takes the mean over the parts of a step; a part's share of it is by its learnt tokens.
         loss = total * config.stage.accumulate / max(1, batch.counted)
-        (loss * scale).backward()
+        if scale is not None:
+            (loss * scale).backward()
         return {"loss": float(loss.detach())}
 
     return Stage(LORA, [group], step, names)

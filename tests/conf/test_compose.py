@@ -83,6 +83,18 @@ def test_the_controls_differ_from_the_default_in_what_they_control() -> None:
     }
 
 
+@pytest.mark.parametrize(("budget", "every"), [("smoke", 0), ("quick", 0), ("standard", 64), ("paper", 128)])
+def test_dev_losses_are_measured_where_they_cost_less_than_a_hundredth(budget: str, every: int) -> None:
+    config = compose(["+exp=infini", f"budget={budget}"])
+    stage = config.stage
+    assert (stage.validate_every, stage.patience) == (every, 0)
+    if every:
+        for size in (config.budget.stage1, config.budget.stage2, config.budget.stage3):
+            steps = size.tokens // (size.batch * size.length)
+            assert steps // every >= 4
+            assert (1 + steps // every) * stage.validate_rows * 2 < 0.01 * steps * size.batch * 3.5
+
+
 def test_the_command_line_wins_over_the_experiment() -> None:
     config = compose(["+exp=infini", "layers=all", "attention.pairs=16", "budget=smoke"])
     assert (config.layers.select, config.attention.pairs, config.budget.name) == ("all", 16, "smoke")

@@ -33,7 +33,7 @@ TINY += ["data.recall=0.75"]
 TINY += ["attention.block=8", "attention.window=8", "attention.pairs=4", "attention.distance_cap=16"]
 TINY += ["budget.eval.phase_lengths=[144]", "budget.eval.final_lengths=[144]", "stage.lr_stage3=1e-2"]
 TINY += ["budget.eval.speed_lengths=[16]", "budget.eval.perplexity_tokens=64"]
-TINY += ["budget.eval.perplexity_length=64"]
+TINY += ["budget.eval.perplexity_length=64", "stage.validate_every=1", "stage.validate_rows=2"]
 for stage in (1, 2, 3):
     TINY += [f"budget.stage{stage}.{option}" for option in ("tokens=1920", "length=240", "batch=2")]
 SHORT = [*TINY, "eval=perplexity"]
@@ -100,7 +100,9 @@ def assert_same(got, want):
         place = mine["stage"], mine["step"]
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=0, abs=CLOSE), place
         assert mine["losses"] == pytest.approx(theirs["losses"], rel=CLOSE, abs=CLOSE), place
-        rest = ({k: v for k, v in line.items() if not k.startswith("loss")} for line in (mine, theirs))
+        assert mine["dev_loss"] == pytest.approx(theirs["dev_loss"], rel=0, abs=CLOSE), place
+        kept = [key for key in mine if not key.startswith(("loss", "dev_loss"))]
+        rest = ({key: line[key] for key in kept} for line in (mine, theirs))
         assert next(rest) == next(rest), place
 
 

@@ -178,6 +178,9 @@ BAD = [
     ([*TINY, "eval.name=everything"], "eval.name", "everything", "recall"),
     ([*TINY, "eval=everything"], "eval", "everything", "recall"),
     ([*TINY, "stage.lr_stage3=0"], "stage.lr_stage3", "0.0", "above 0"),
+    ([*TINY, "stage.validate_every=-1"], "stage.validate_every", "-1", "0 (never)"),
+    ([*TINY, "stage.validate_rows=0"], "stage.validate_rows", "0", "at least 1"),
+    ([*TINY, "stage.patience=3"], "stage.patience", "3", "stage.validate_every=0"),
     (
         ["+exp=infini", "budget=smoke", "model=tiny", "attention.pairs_score=self_recall"],
         *("layers.rest", "sliding_window", "keep, "),
