@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from transformers.cache_utils import CacheLayerMixin
 
+from replace.convert import at_rest
+
 PARTS = ("memory", "pairs", "sinks", "window")
 
 
@@ -31,7 +33,8 @@ def parts_of(model: nn.Module) -> dict[str, Any]:
         window of the teacher's own can as far as that window reaches, and a recurrent one as well as it can.
     """
     rows = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
-    with torch.inference_mode():
+    # At rest: while it trains with activation checkpointing, transformers makes no cache.
+    with torch.inference_mode(), at_rest(model):
         cache = model(input_ids=rows, use_cache=True).past_key_values
     states = [slot.state for slot in cache.layers if is_replaced(slot)]
     unreplaced: dict[str, list[int]] = {"full_attention": [], "sliding_window": [], "recurrent": []}

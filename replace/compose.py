@@ -30,9 +30,11 @@ log = logging.getLogger(__name__)
 # Beside this package in a checkout and in an installed wheel alike. Not `import conf`: a folder `conf` in the
 # user's working directory would be found first.
 CONF = Path(__file__).resolve().parent.parent / "conf"
-SWEEPS = "sweep"
-"""The folder of W&B's sweep files, which are no options of a run."""
-GROUPS = tuple(sorted(d.name for d in CONF.iterdir() if any(d.glob("*.yaml")) and d.name != SWEEPS))
+SWEEPS, LAUNCHES = "sweep", "accelerate"
+"""The folders of W&B's sweep files and of accelerate's configs, which are no options of a run."""
+GROUPS = tuple(
+    sorted(d.name for d in CONF.iterdir() if any(d.glob("*.yaml")) and d.name not in (SWEEPS, LAUNCHES))
+)
 
 OWN = "attention.own."
 """What the keys begin with that only a variant knows."""

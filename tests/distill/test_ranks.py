@@ -18,7 +18,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from eval.metrics import read_metrics, without_times
 from replace.__main__ import main
-from replace.compose import CONF
+from replace.compose import CONF, LAUNCHES
 from replace.errors import UserError
 from replace.ranks import Team, check_type, split
 
@@ -245,7 +245,7 @@ def test_every_row_is_some_ranks(batch, accumulate, count):
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
 def test_the_sample_configs_are_accelerates(name):
     """Their lines for two machines too."""
-    file = CONF / "accelerate" / f"{name}.yaml"
+    file = CONF / LAUNCHES / f"{name}.yaml"
     wanted = {"ddp": "MULTI_GPU", "fsdp2": "FSDP"}[name]
     assert load_config_from_file(str(file)).distributed_type.value == wanted
     lines = file.read_text().splitlines()

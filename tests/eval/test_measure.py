@@ -192,6 +192,16 @@ def test_a_model_that_was_not_swapped_has_no_parts(tiny):
     assert parts_of(tiny.model) == counts | {"full_attention": 4, "unreplaced": kept}
 
 
+def test_parts_are_seen_in_a_model_that_trains_with_activation_checkpointing():
+    """transformers then makes no cache, in which they are seen."""
+    model = load_model(ModelConfig(kind="tiny")).model
+    swap(model, SwapSpec({1: AttentionConfig(block=8, window=8, pairs=4)}))
+    seen = parts_of(model)
+    model.gradient_checkpointing_enable()
+    assert parts_of(model.train()) == seen
+    assert model.training
+
+
 def test_kept_bytes_of_the_teacher_are_those_of_its_cache(tiny):
     for row in kept_bytes(tiny.model, [64, 500]):
         cache = prefill(tiny.model, row["length"])

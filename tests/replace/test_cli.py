@@ -159,7 +159,7 @@ BAD = [
     ([*TINY, "stage.lr_gate=-1"], "stage.lr_gate", "-1.0", "learning rate"),
     ([*TINY, "data.recall=1.5"], "data.recall", "1.5", "from 0 to 1"),
     ([*TINY, "budget.stage1.length=63"], "budget.stage1.length", "63", "at least 64"),
-    ([*TINY, "budget.stage1.tokens=10"], "budget.stage1.tokens", "10", "at least 512"),
+    ([*TINY, "budget.stage1.tokens=10"], "budget.stage1.tokens", "10", "at least 1024"),
     ([*TINY, "budget.stage2.batch=0"], "budget.stage2.batch", "0", "at least 1"),
     ([*TINY, "budget.eval.final_lengths=[64]"], "budget.eval.final_lengths", "64", "at least 192"),
     ([*TINY, "budget.eval.final_lengths=[]"], "budget.eval.final_lengths", "[]", "at least one length"),
@@ -199,7 +199,7 @@ BAD = [
     ([*TINY, "lora=unsloth", "lora.dropout=0.05"], "lora.dropout", "0.05", "0 beside lora=unsloth, since"),
     ([*TINY, "lora=unsloth", "lora.dora=true"], "lora.dora", "True", "or lora=peft"),
     (
-        [*TINY, "lora=peft", "budget.lora.length=8192", "budget.lora.tokens=8192"],
+        [*TINY, "lora=peft", "budget.lora.length=8192", "budget.lora.tokens=16384"],
         *("budget.lora.length", "8192", "at most 4096"),
     ),
     ([*TINY, "export_dtype=int4"], "export_dtype", "int4", "fp32, bf16, fp16"),
@@ -424,6 +424,48 @@ def test_a_dry_run_tells_what_a_choice_of_layers_costs(capsys: pytest.CaptureFix
     assert "217 measurements of 4,096 tokens of dev text and a transfer of 8,192 tokens, about " in said
     assert main(["+exp=infini", "layers=all", "dry_run=true"]) == 0
     assert "  choice  " not in capsys.readouterr().out
+
+
+def test_a_dry_run_plans_for_devices_and_refuses_what_they_cannot_hold(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Each of eight needs less in shards; what is too much is refused, and how much it is, is said."""
+    planned = ["+exp=infini", "layers=all", "budget=standard", "lora=none", "dry_run=true"]
+    needed = {}
+    for count, sharding in ((1, "none"), (8, "none"), (8, "fsdp2")):
+        devices = [f"devices.processes={count}", f"devices.sharding={sharding}", "devices.memory=1000"]
+        assert main([*planned, *devices]) == 0
+        said = capsys.readouterr().out
+        needed[count, sharding] = float(said.partition("memory   about ")[2].split()[0])
+        assert ("on each of 8 devices" in said) == (count == 8)
+    assert needed[8, "fsdp2"] < needed[8, "none"] < needed[1, "none"]
+    assert main([*planned, "devices.processes=8", "devices.memory=1.5"]) == 2
+    printed = capsys.readouterr()
+    assert "stage 3" in printed.out, "what would be done is still told"
+    sentence = printed.err.strip()
+    assert sentence.startswith(
+        "error: budget.stage3.batch=16 is not possible; allowed: what fits into the 1.5 GiB"
+    )
+    assert f"about {needed[8, 'none']} would be needed" in sentence
+    assert "devices.sharding=fsdp2" in sentence
+
+
+@pytest.mark.parametrize(
+    ("override", "allowed"),
+    [
+        ("devices.sharding=zero", "none, fsdp2"),
+        ("devices.processes=-1", "0 (those of the launch) or more"),
+        ("devices.memory=-1.0", "GiB of a device"),
+        ("devices.processes=3", "a multiple of the 3 processes"),
+    ],
+)
+def test_devices_that_cannot_be_planned_for_are_refused(
+    capsys: pytest.CaptureFixture[str], override: str, allowed: str
+) -> None:
+    assert main([*TINY, "dry_run=true", override]) == 2
+    assert allowed in capsys.readouterr().err
+    assert main([*TINY, override]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
 # Folders, resuming and reusing
