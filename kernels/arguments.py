@@ -3,6 +3,7 @@
 Nothing here waits for a device, but for `check_borders`, which reads the borders of packed sequences once.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -43,7 +44,7 @@ def expect(
     dtypes: Sequence[torch.dtype],
     device: torch.device,
 ) -> None:
-    """Refuse what is not a tensor of that shape, dtype and device.
+    """Refuse what is not a dense tensor of that shape, dtype and device.
 
     Args:
         name: the argument.
@@ -59,7 +60,7 @@ def expect(
         raise ValueError(f"{name} is a {type(x).__name__}; expected a tensor [{letters}].")
     same = (have > 0 if want is None else have == want for have, want in zip(x.shape, shape, strict=False))
     sound = x.dim() == len(shape) and all(same)
-    if sound and x.dtype in dtypes and x.device == device:
+    if sound and x.dtype in dtypes and x.device == device and x.layout == torch.strided:
         return  # at once: a decoded token would wait for words that nobody reads
     sizes = ", ".join("any" if n is None else str(int(n)) for n in shape)
     wanted = f"expected [{letters}] = [{sizes}]"
@@ -75,6 +76,8 @@ def expect(
         raise ValueError(f"{name} {_shape(x)} is {x.dtype}; expected {allowed}.")
     if x.device != device:
         raise ValueError(f"{name} {_shape(x)} is on {x.device}; expected {device}, where q is.")
+    if x.layout != torch.strided:
+        raise ValueError(f"{name} {_shape(x)} has layout {x.layout}; expected torch.strided, a dense tensor.")
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Sizes:
@@ -177,6 +180,18 @@ def check_number(name: str, value: object, least: int) -> None:
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}={value!r} is not possible; expected a whole number of at least {least}.")
+
+
+def check_real(name: str, value: object, zero: bool = False, words: str = "") -> None:
+    """A finite number above 0, or of at least 0 where `zero`; `words` are what else is allowed.
+
+    Raises:
+        ValueError: it is not.
+    """
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (number and math.isfinite(value) and (value >= 0 if zero else value > 0)):  # type: ignore[arg-type, operator]
+        least = "of at least 0" if zero else "above 0"
+        raise ValueError(f"{name}={value!r} is not possible; expected a finite number {least}{words}.")
 
 
 _checked: WeakIdKeyDictionary = WeakIdKeyDictionary()

@@ -19,7 +19,7 @@ def contiguous(x: Tensor) -> Tensor:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
-    """Inside, products are as precise as their factors: a state in bf16 is worth nothing after 1,000s of tokens.
+    """Inside, products are as precise as their factors: a long text's state in bf16 is worth nothing.
 
     Where autocast is off already nothing is entered, which would cost a decoded token a tenth of its time.
     """

@@ -1,6 +1,5 @@
 """The public operators: arguments are checked here, then one of the forms runs."""
 
-import math
 from functools import partial
 
 import torch
@@ -13,6 +12,7 @@ from kernels.arguments import (
     check_mask,
     check_number,
     check_qkv,
+    check_real,
     check_state,
     expect,
     state_dtype,
@@ -90,8 +90,7 @@ def infini_memory(
     check_choice("input_precision", input_precision, PRECISIONS)
     check_number("block", block, 1)
     check_number("lookback", lookback, 0)
-    if not (clamp > 0 and math.isfinite(clamp)):
-        raise ValueError(f"clamp={clamp!r} is not possible; expected a finite number above 0.")
+    check_real("clamp", clamp)
     initial = None if initial_state is None else _given("initial_state", initial_state, sizes, q)
     check_choice("backend", backend, FORCED)
     chosen = choose("infini_memory", backend, q.device, q.dtype, refusal(sizes.features, sizes.width))

@@ -13,6 +13,7 @@ from kernels.arguments import (
     check_mask,
     check_one_token,
     check_qkv,
+    check_real,
     check_state,
     state_dtype,
 )
@@ -74,6 +75,7 @@ def linear_attention(
     sizes = check_qkv(q, k, v, cu_seqlens)
     check_mask(mask, q, (sizes.batch, sizes.length))
     check_choice("input_precision", input_precision, PRECISIONS)
+    check_real("eps", eps, zero=True)
     initial = _given("initial_state", initial_state, sizes, q)
     chosen = choose("linear_attention", backend, q.device, q.dtype, _too_large(sizes))
     if chosen == "triton":
@@ -116,6 +118,7 @@ def linear_attention_step(
     """
     sizes = check_one_token(q, k, v)
     check_mask(mask, q, (sizes.batch,))
+    check_real("eps", eps, zero=True)
     held = _given("state", state, sizes, q) or _empty(sizes, q)
     if backend == "fla":
         raise ValueError("backend='fla' is not possible for linear_attention_step: it has no such operator.")

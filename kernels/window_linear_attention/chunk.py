@@ -168,6 +168,7 @@ def window_linear_attention(
     dtype, (batch, length), groups = v.dtype, q.shape[:2], k.shape[2]
     q, k, v, phi_q, phi_k = (wide(x) for x in (q, k, v, phi_q, phi_k))
     cut = _Cut.of(q, cu_seqlens, block, lookback)
+    late, lookback = lookback, min(lookback, len(cut.order))  # none is further back than the first
 
     def shifted(x: Tensor) -> Tensor:
         """`[B, X, N, ...]`, L blocks later: zeros first."""
@@ -217,7 +218,7 @@ def window_linear_attention(
         logits = torch.where(allowed.unsqueeze(3), logits.unflatten(3, (-1, block)), -torch.inf).flatten(3, 4)
         if sinks is not None:
             first_k, first_v = (cut.per_sequence(wide(x).transpose(1, 2), place) for x in sinks[:2])
-            apart = before[:, None] + cut.order[place] > lookback  # [N, P]
+            apart = before[:, None] + cut.order[place] > late  # [N, P]
             if cut.sequence is not None:
                 apart = apart.gather(0, cut.sequence[place].unsqueeze(0))
             known = cut.per_sequence(sinks.seen.transpose(1, 2), place) & apart[:, None, :, None]

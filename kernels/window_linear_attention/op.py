@@ -1,6 +1,5 @@
 """The public operators: arguments are checked here, then one of the forms runs."""
 
-import math
 from functools import partial
 
 import torch
@@ -16,6 +15,7 @@ from kernels.arguments import (
     check_mask,
     check_number,
     check_qkv,
+    check_real,
     expect,
     state_dtype,
 )
@@ -119,8 +119,7 @@ def window_linear_attention(
     if sinks > block:
         raise ValueError(f"sinks={sinks} is not possible; expected at most block={block}.")
     scale = _check_scale(scale, keys)
-    if not (clamp > 0 and math.isfinite(clamp)):
-        raise ValueError(f"clamp={clamp!r} is not possible; expected a finite number above 0.")
+    check_real("clamp", clamp)
     check_choice("input_precision", input_precision, PRECISIONS)
     held = (
         None if initial_state is None else _given("initial_state", initial_state, sizes, features, sinks, q)
@@ -330,8 +329,7 @@ def _pair(extra: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | 
 def _check_scale(scale: float | None, keys: int) -> float:
     if scale is None:
         return keys**-0.5
-    if not (scale > 0 and math.isfinite(scale)):
-        raise ValueError(f"scale={scale!r} is not possible; expected a finite number above 0, or None.")
+    check_real("scale", scale, words=", or None")
     return float(scale)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 # Bytes a block may use (CUDA C++ Programming Guide, technical specifications per compute capability).
-SHARED = {75: 65_536, 86: 101_376, 90: 232_448}
+SHARED = {75: 65_536, 80: 166_912, 86: 101_376, 90: 232_448}
 
 
 @pytest.mark.slow
@@ -18,6 +18,7 @@ SHARED = {75: 65_536, 86: 101_376, 90: 232_448}
     ("capability", "dtype", "width"),
     [
         (75, "fp16", 128),
+        (80, "bf16", 128),
         (86, "bf16", 64),
         (90, "bf16", 128),
         (90, "bf16", 256),

@@ -591,13 +591,20 @@ def test_what_has_no_kernel_is_refused() -> None:
 
 
 # Bytes a block may use (CUDA C++ Programming Guide, technical specifications per compute capability).
-SHARED = {75: 65_536, 86: 101_376, 90: 232_448}
+SHARED = {75: 65_536, 80: 166_912, 86: 101_376, 90: 232_448}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("capability", "dtype", "width"),
-    [(75, "fp16", 128), (86, "bf16", 128), (90, "bf16", 128), (90, "bf16", 256), (90, "fp32", 128)],
+    [
+        (75, "fp16", 128),
+        (80, "bf16", 128),
+        (86, "bf16", 128),
+        (90, "bf16", 128),
+        (90, "bf16", 256),
+        (90, "fp32", 128),
+    ],
 )
 def test_the_kernels_fit(capability: int, dtype: str, width: int, tmp_path: Path) -> None:
     pytest.importorskip("triton")

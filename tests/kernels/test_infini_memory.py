@@ -604,6 +604,7 @@ REFUSED = {
     "block": ({"block": 0}, r"block=0 is not possible; expected a whole number of at least 1"),
     "block_type": ({"block": 2.0}, r"block=2.0 is not possible"),
     "lookback": ({"lookback": -1}, r"lookback=-1 is not possible; expected a whole number of at least 0"),
+    "clamp_type": ({"clamp": None}, r"clamp=None is not possible; expected a finite number above 0"),
     "clamp": ({"clamp": 0.0}, r"clamp=0.0 is not possible; expected a finite number above 0"),
     "state": ({"initial_state": STATE[:2]}, r"initial_state is a tuple; expected InfiniState\(M, z, n\)"),
     "state_batch": (

@@ -528,6 +528,13 @@ REFUSED = {
     "dtypes": ({"v": torch.rand(2, 5, 2, 3).half()}, r"v \[2, 5, 2, 3\] is torch.float16; expected torch.fl"),
     "integers": ({"q": torch.ones(2, 5, 4, 6, dtype=torch.int64)}, r"q .* is torch.int64; expected torch.fl"),
     "device": ({"k": torch.rand(2, 5, 2, 6, device="meta")}, r"k .* is on meta; expected cpu"),
+    "layout": (
+        {"k": torch.rand(2, 5, 2, 6).to_sparse()},
+        r"k .* has layout torch.sparse_coo; expected",
+    ),
+    "eps": ({"eps": torch.nan}, r"eps=nan is not possible; expected a finite number of at least 0"),
+    "eps_sign": ({"eps": -1.0}, r"eps=-1.0 is not possible; expected a finite number of at least 0"),
+    "eps_type": ({"eps": None}, r"eps=None is not possible; expected a finite number of at least 0"),
     "mask_shape": ({"mask": torch.ones(2, 4) > 0}, r"mask has shape \[2, 4\]; expected .*\[2, 5\]"),
     "mask_dtype": ({"mask": torch.ones(2, 5)}, r"mask .* is torch.float32; expected torch.bool"),
     "state": ({"initial_state": torch.zeros(2, 2, 6, 3)}, r"initial_state is a Tensor; expected LinearState"),
@@ -588,6 +595,8 @@ def test_a_step_names_what_is_wrong() -> None:
         linear_attention_step(q, k, v, (torch.zeros(1, 2, 6, 3), torch.zeros(1, 2, 6)))
     with pytest.raises(ValueError, match=r"mask has shape \[3\]; expected \[B\] = \[2\]"):
         linear_attention_step(q, k, v, mask=torch.ones(3, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"eps='1' is not possible"):
+        linear_attention_step(q, k, v, eps="1")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"backend='fla' is not possible for linear_attention_step"):
         linear_attention_step(q, k, v, backend="fla")
 

@@ -598,6 +598,16 @@ def test_it_is_softmax_while_nothing_has_left(name: str, device: str, dtype: tor
     assert float(state.n.abs().sum()) == 0
 
 
+def test_a_window_of_any_size_takes_no_more_memory_than_the_text() -> None:
+    x = inputs(Case(9, 2))
+    tokens = (x.q, x.k, x.v, x.phi_q, x.phi_k)
+    got, want = (
+        window_linear_attention(*tokens, block=2, window=window, sinks=2, backend="chunk")[0]
+        for window in (2**40, 10)
+    )
+    assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize(("name", "device", "dtype"), FORMS)
 def test_logits_of_any_size_are_survived(name: str, device: str, dtype: torch.dtype) -> None:
     x = inputs(Case(12, 4, sinks=1), dtype, device)
@@ -814,6 +824,8 @@ REFUSED = {
     "sinks": ({"sinks": 3}, r"sinks=3 is not possible; expected at most block=2"),
     "sinks_type": ({"sinks": True}, r"sinks=True is not possible"),
     "scale": ({"scale": 0.0}, r"scale=0.0 is not possible; expected a finite number above 0"),
+    "scale_type": ({"scale": "1"}, r"scale='1' is not possible; expected a finite number above 0, or None"),
+    "clamp_type": ({"clamp": "1"}, r"clamp='1' is not possible; expected a finite number above 0"),
     "clamp": ({"clamp": 0.0}, r"clamp=0.0 is not possible; expected a finite number above 0"),
     "packed_rows": ({"cu_seqlens": torch.tensor([0, 5])}, r"q has shape .* with B = 1 beside cu_seqlens"),
     "state": ({"initial_state": STATE[:3]}, r"initial_state is a tuple; expected a WindowLinearState"),
