@@ -5,6 +5,7 @@ Exit code 0: nothing hinders a run; 1: something does; 2: the command line is at
 
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -50,9 +51,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = json.dumps(facts, indent=1) + "\n"
     if not as_json:
         text = guarded("the screen", lambda: screen(facts), text, {})
-    encoding = sys.stdout.encoding or "utf-8"  # a terminal may have none for what a package's error says
-    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
+    _write(text)
     return 0 if facts["ok"] else 1
+
+
+def _write(text: str) -> None:
+    """Write to standard output, which may be closed, full, or a pipe that nobody reads any more."""
+    if sys.stdout is None:
+        return
+    encoding = sys.stdout.encoding or "utf-8"  # a terminal may have none for what a package's error says
+    try:
+        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        sys.stdout.flush()
+    except OSError as error:
+        # Python tries again when it ends, and would say in lines of its own that it cannot.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            sys.stderr.write(f"error: the screen cannot be written: {error.strerror}.\n")
 
 
 def examine(limit: float = LIMIT) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -173,6 +174,29 @@ def test_the_command_needs_the_standard_library_only(tmp_path: Path) -> None:
     facts = json.loads(ended.stdout)
     assert facts["failed"]["what is required"] == "ModuleNotFoundError: No module named 'packaging'"
     assert any(problem["hinders"] for problem in facts["problems"])
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ("| true", ""),
+        (">&-", ""),
+        ("> /dev/full", "error: the screen cannot be written: No space left on device.\n"),
+    ],
+)
+def test_an_output_that_takes_nothing_is_no_traceback(where: str, said: str, tmp_path: Path) -> None:
+    if "full" in where and not Path("/dev/full").exists():
+        pytest.skip("no /dev/full on this system")
+    ended = subprocess.run(
+        f"{shlex.quote(sys.executable)} -S -m replace.doctor limit=1 {where}",
+        shell=True,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "HOME": str(tmp_path)},
+    )
+    assert ended.stderr == said
 
 
 def test_a_healthy_machine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
