@@ -10,13 +10,16 @@ computed.
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from eval.intervals import clopper_pearson
+from eval.side_by_side import side_by_side
 from eval.stored import kept
+from eval.stream import device_of
 from replace.episodes import Episode
 
 
@@ -45,12 +48,11 @@ def episodes_of(cell: Cell, make: MakeEpisode, count: int, seed: int) -> list[Ep
 
 
 @kept
-def recall(model, episodes: Sequence[Episode], *, batch: int = 1, bar: tqdm | None = None) -> dict:
+def recall(model, episodes: Sequence[Episode], *, batch: int = 1) -> dict:
     """Score episodes; rows of one forward have the same number of tokens, so nothing is ever padded.
 
     Args:
         batch: episodes a forward.
-        bar: a progress bar that counts episodes.
 
     Returns:
         {"exact", "interval" (Clopper-Pearson), "episodes", "digit_accuracy" (share of answer tokens that are
@@ -76,8 +78,6 @@ def recall(model, episodes: Sequence[Episode], *, batch: int = 1, bar: tqdm | No
                 right += int(match.sum())
                 total += count
                 loss += float(F.cross_entropy(logits[line, -count:], answer, reduction="sum"))
-            if bar is not None:
-                bar.update(len(group))
     return {**rate(hits), "digit_accuracy": right / total, "answer_loss": loss / total, "hits": hits}
 
 
@@ -133,12 +133,14 @@ def recall_grid(
         {"cells": [{the fields of the cell, and those of `recall`}], "means": [{the fields of the cell without
         depth, "exact", "interval", "episodes", "digit_accuracy"}]}; a mean pools all its episodes.
     """
+    drawn = [episodes_of(cell, make, episodes, seed) for cell in cells]
     done = []
     with tqdm(total=len(cells) * episodes, desc=label, unit="episode", leave=False) as bar:
-        for cell in cells:
+        found = side_by_side(partial(recall, model, batch=batch), drawn, device_of(model))
+        for cell, figures in zip(cells, found, strict=True):
             bar.set_postfix_str(f"{cell.length} tokens, {cell.haystack}, depth {cell.depth:g}", refresh=False)
-            drawn = episodes_of(cell, make, episodes, seed)
-            done.append({**asdict(cell), **recall(model, drawn, batch=batch, bar=bar)})
+            bar.update(episodes)
+            done.append({**asdict(cell), **figures})
     return {"cells": done, "means": means(done)}
 
 

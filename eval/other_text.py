@@ -30,6 +30,8 @@ from tqdm import tqdm
 from eval.ablation import is_replaced
 from eval.niah import Cell, MakeEpisode, episodes_of, means, rate, recall
 from eval.perplexity import tokenise
+from eval.side_by_side import side_by_side
+from eval.stream import device_of
 from replace.episodes import Episode
 
 EXCHANGED = ("memory_", "pair_")
@@ -129,12 +131,19 @@ def recall_with_other_state(
     batch: int = 1,
 ) -> dict:
     """`eval.niah.recall_grid` with the state exchanged before each question; cells are left out as above."""
+    fair = []
+    for cell in cells:
+        drawn = episodes_of(cell, make, episodes, seed)
+        if all(left_the_window(episode, clear) for episode in drawn):
+            fair.append((cell, drawn))
     done = []
-    with tqdm(total=len(cells) * episodes, desc="other text", unit="episode", leave=False) as bar:
-        for cell in cells:
-            drawn = episodes_of(cell, make, episodes, seed)
-            if all(left_the_window(episode, clear) for episode in drawn):
-                done.append({**asdict(cell), **_recall(model, drawn, other, batch)})
+    with tqdm(total=len(fair) * episodes, desc="other text", unit="episode", leave=False) as bar:
+
+        def measured(items: tuple[Cell, list[Episode]]) -> dict:
+            return _recall(model, items[1], other, batch)
+
+        for (cell, _), figures in zip(fair, side_by_side(measured, fair, device_of(model)), strict=True):
+            done.append({**asdict(cell), **figures})
             bar.update(episodes)
     return {"cells": done, "means": means(done)}
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from eval.intervals import bootstrap
+from eval.side_by_side import side_by_side
 from eval.stored import kept
 from replace.errors import UserError, bad_value
 
@@ -44,8 +45,9 @@ def perplexity(
     Args:
         length: tokens of a window.
         stride: distance of the windows' starts, 1..length; by default `length`, so that windows are disjoint.
-        batch: windows of equal length a forward. The model's own forward is used, so a soft cap or a scale on
-            the logits is honoured; they are held once, in the model's dtype, as [batch, length, V].
+        batch: windows of equal length at once, in one forward or, on a CPU, in one a core. The model's own
+            forward is used, so a soft cap or a scale on the logits is honoured; they are held once, in the
+            model's dtype, as [batch, length, V].
         seed: of the bootstrap over windows.
 
     Returns:
@@ -70,12 +72,17 @@ def perplexity(
     scored = np.zeros(len(ids), dtype=bool)
     sums = []
     device = model.get_input_embeddings().weight.device
+    if device.type == "cpu":
+        batch = max(1, batch // torch.get_num_threads())
+    groups = list(batches(spans, batch))
+
+    def losses_of(group: list[tuple[int, int, int]]) -> np.ndarray:
+        rows = torch.stack([row[start:stop] for start, stop, _ in group]).to(device)
+        return token_losses(model, rows).cpu().numpy()
+
     with torch.inference_mode():
-        for group in tqdm(list(batches(spans, batch)), desc=label, unit="window", leave=False):
-            starts = [start for start, _, _ in group]
-            stop_after = group[0][1] - group[0][0]
-            rows = torch.stack([row[start : start + stop_after] for start in starts]).to(device)
-            losses = token_losses(model, rows).cpu().numpy()
+        found = side_by_side(losses_of, groups, device)
+        for group, losses in zip(tqdm(groups, desc=label, unit="window", leave=False), found, strict=True):
             for (start, stop, first), values in zip(group, losses, strict=True):
                 nll[first:stop] = values[first - start - 1 :]
                 position[first:stop] = np.arange(first - start, stop - start)

@@ -1,7 +1,6 @@
 """A linear memory behind the exact part: what it is given, how it is written, and what it answers."""
 
 from dataclasses import replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -59,12 +58,6 @@ class MemoryMixer(BlockMixer):
     """The exact part plus a memory of all that is older; subclasses say how the two are joined."""
 
     has_memory = True
-
-    holds_retained: ClassVar[bool] = True
-    """Whether the memory also holds the retained pairs, as one with a read of its own may.
-
-    Under a shared denominator it must not: there each pair has to be in exactly one place.
-    """
 
     @classmethod
     def check(cls, options: AttentionConfig) -> None:

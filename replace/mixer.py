@@ -50,6 +50,12 @@ class BlockMixer(nn.Module):
     has_memory: ClassVar[bool] = False
     """Whether there is a memory behind the exact part."""
 
+    holds_retained: ClassVar[bool] = True
+    """Whether a memory also holds the retained pairs, as one with a read of its own may.
+
+    Under a shared denominator it must not: there each pair has to be in exactly one place.
+    """
+
     own_options: ClassVar[dict[str, object]] = {}
     """Options that only this variant has, `attention.own.<name>`, with their defaults; the default says the
     type, and None stands for any plain value.
@@ -138,7 +144,7 @@ class BlockMixer(nn.Module):
             if can_step(self, query, call):
                 return one_token(self, query, key, value, call)
             blocks = self.arrange(query, key, value, call)
-            if self.score is not None:
+            if self.score is not None and not (self.holds_retained and self.unread("pairs", call)):
                 blocks.score = self.scores(blocks, key, value, call)
                 self._select(blocks)
             exact, mass = self.attend_exactly(blocks, call)
@@ -149,6 +155,10 @@ class BlockMixer(nn.Module):
                 call.slot.store(self._rows(blocks.layout, self.next_state(blocks)), query.shape[2])
                 call.slot.until_full = None
         return out
+
+    def unread(self, part: str, call: Call) -> bool:
+        """Whether a part is switched off in a call without a cache: then it need not even be computed."""
+        return part in self.off and call.slot is None
 
     def mix(self, blocks: Blocks, exact: Tensor, mass: Tensor | None, call: Call) -> Tensor:
         """Join the exact part `[Q, G, N, R S, D]` with whatever else the variant has."""
@@ -192,8 +202,9 @@ class BlockMixer(nn.Module):
         valid = (position >= 0) & (position < layout.length.unsqueeze(1))
         # One pass instead of four: a sum is finite if its terms are and stay inside fp32's range.
         bad = ~(k.sum(-1, dtype=sum_dtype(k)) + v.sum(-1, dtype=sum_dtype(v))).isfinite()
-        zero = torch.zeros((), dtype=k.dtype, device=k.device)
-        k, v = torch.where(bad.unsqueeze(-1), zero, k), torch.where(bad.unsqueeze(-1), zero.to(v.dtype), v)
+        if not none_of(bad):
+            zero, where = torch.zeros((), dtype=k.dtype, device=k.device), bad.unsqueeze(-1)
+            k, v = torch.where(where, zero, k), torch.where(where, zero.to(v.dtype), v)
         return Blocks(layout, layout.new(query), k, v, valid, bad, state)
 
     def _with_past(self, layout: Layout, new: Tensor, past: Tensor | None) -> Tensor:
@@ -413,6 +424,8 @@ class BlockMixer(nn.Module):
 
         The memory skips such tokens.
         """
+        if none_of(blocks.bad):
+            return out
         size, span = self.block, (self.lookback + 1) * self.block
         fresh = blocks.valid & (blocks.layout.positions() >= blocks.layout.before.unsqueeze(1))
         self.nonfinite = self.nonfinite + (blocks.bad & fresh.unsqueeze(1)).sum()
@@ -523,6 +536,11 @@ def check_own(given: Mapping[str, object], known: Mapping[str, object]) -> None:
 
 
 OWN_TYPES = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a word"}
+
+
+def none_of(mask: Tensor) -> bool:
+    """Whether nothing in a mask is True, as far as it costs nothing to know: on a CPU, and not in a graph."""
+    return mask.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(mask.any())
 
 
 def sum_dtype(x: Tensor) -> torch.dtype:

@@ -97,6 +97,8 @@ class GatedDelta(BlockMixer):
 
     def mix(self, blocks: Blocks, exact: Tensor, mass: Tensor | None, call: Call) -> Tensor:
         """Join by the gate; see the module."""
+        if self.unread("memory", call):
+            return wide(exact)
         size = blocks.layout.block
         own = blocks.layout.positions()[:, None, -blocks.q.shape[2] :]
         amplitude = self.log_amplitude.exp().to(wide(blocks.q).dtype).view(1, -1, 1, 1)

@@ -33,6 +33,8 @@ class Infini(MemoryMixer):
 
     def mix(self, blocks: Blocks, exact: Tensor, mass: Tensor | None, call: Call) -> Tensor:
         """Join by the gate; see the class."""
+        if self.unread("memory", call):
+            return wide(exact)
         gate = blocks.layout.new(self.gate(call.hidden))
         if "window" in self.off:
             gate = torch.ones_like(gate)

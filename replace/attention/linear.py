@@ -164,6 +164,8 @@ class Linear(MemoryMixer):
         if found is not None:
             return self._attend_by(*found, blocks, None if mass is None else (exact, mass), call)
         assert mass is not None
+        if self.unread("memory", call) and not self.alone:
+            return joined([(mass, wide(exact))])
         numerator, denominator, n = self.remember(blocks, call)
         log_memory = self._log_weight(n * denominator)
         empty = log_memory == -torch.inf
