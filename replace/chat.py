@@ -261,7 +261,7 @@ class _Stream(TextStreamer):
 
 
 class _Stop:
-    """Whether Ctrl-C was pressed since the last prompt; while a line is awaited it interrupts that instead."""
+    """Whether Ctrl-C was pressed since the last prompt; while a line is awaited it interrupts that."""
 
     def __init__(self) -> None:
         self.pressed = self.waiting = False

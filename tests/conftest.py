@@ -14,13 +14,18 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from kernels.dispatch import force
 from replace.console import Console
 
-# How long an example takes says how busy the machine is, not whether the property holds.
-settings.register_profile("patient", deadline=None, derandomize="CI" in os.environ)
+# How long an example takes says how busy the machine is, not whether the property holds; and what runs once
+# says something about a change only if the examples are the same before it and after. Others than these are
+# tried by `pytest --hypothesis-profile=exploring`.
+for name, same in (("patient", True), ("exploring", False)):
+    settings.register_profile(
+        name, deadline=None, derandomize=same, suppress_health_check=[HealthCheck.too_slow]
+    )
 settings.load_profile("patient")
 
 # Without a GPU the Triton kernels run in its interpreter. Triton reads this when it is first imported, so it
@@ -35,17 +40,24 @@ for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHU
         signal.signal(number, usual)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is long comes first: begun last, it would have one worker wait for the other."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 @pytest.fixture(autouse=True)
 def as_it_was() -> Iterator[None]:
     """A command that a test runs in this process leaves its console and its form of operators to none."""
     yield
     force("auto")
-    logging.disable(logging.NOTSET)
+    if logging.root.manager.disable:  # to set it, or a level, is to walk over every library's loggers
+        logging.disable(logging.NOTSET)
     for log in (logging.getLogger(), *map(logging.getLogger, list(logging.root.manager.loggerDict))):
         log.handlers[:] = [handler for handler in log.handlers if not isinstance(handler, Console)]
         if log.name.partition(".")[0] in ("replace", "distill", "eval", "kernels"):
             log.propagate, log.disabled = True, False
-            log.setLevel(logging.NOTSET)
+            if log.level:
+                log.setLevel(logging.NOTSET)
 
 
 @pytest.fixture
@@ -59,7 +71,7 @@ def _summary(path: Path) -> dict:
     from wandb.proto.wandb_internal_pb2 import Record
 
     found: dict = {}
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while True:  # W&B's own process goes on writing for a moment after a run has finished
         records = [Record.FromString(data) for data in _records(path.read_bytes())]
         if any(record.HasField("exit") for record in records):

@@ -15,6 +15,7 @@ from eval.metrics import read_metrics
 from replace.compose import compose
 from replace.convert import probe_ids
 
+pytestmark = pytest.mark.long
 TINY = ["+exp=infini", "model=tiny", "budget=smoke", "lora=peft", "lora.template=plain", "lora.lr=1e-2"]
 TINY += [*(f"budget.stage{number}.tokens=0" for number in (1, 2, 3)), "eval.base=perplexity"]
 

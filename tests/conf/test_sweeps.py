@@ -1,5 +1,6 @@
 """The sweep files: an agent's command line is one that this project takes."""
 
+import functools
 import itertools
 import json
 import os
@@ -15,7 +16,8 @@ import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 from replace.__main__ import normalise
-from replace.compose import CONF, SWEEPS, compose
+from replace.compose import CONF, GROUPS, SWEEPS, compose, overridden
+from replace.config import Config
 from replace.errors import UserError
 from replace.validation import validate
 
@@ -42,18 +44,32 @@ def command_of(sweep: dict, trial: dict) -> list[str]:
     return words
 
 
+@functools.cache
+def composed(options: tuple[str, ...]) -> Config:
+    """The options of groups, which many trials share, composed once."""
+    return compose(options)
+
+
+def config_of(arguments: list[str]) -> Config:
+    """What `compose` gives, in a fifth of its time: single values are put into what the groups make."""
+    groups = tuple(word for word in arguments if word.lstrip("+").partition("=")[0] in (*GROUPS, "exp"))
+    return overridden(composed(groups), [word for word in arguments if word not in groups])
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_an_agent_s_trials_are_taken_or_refused_in_a_sentence(path, tmp_path):
     sweep = read(path)
     taken = 0
-    for trial in trials(sweep):
+    for place, trial in enumerate(trials(sweep)):
         words = command_of(sweep, trial)
         start = words.index("replace") + 1
         assert words[start - 2 : start] == ["-m", "replace"]
         arguments = [word for word in normalise(words[start:]) if not word.startswith("source=")]
         assert "logger=wandb" in arguments
         with suppress(UserError):
-            validate(compose(arguments))
+            config = config_of(arguments)
+            assert place % 10 or config == compose(arguments)
+            validate(config)
             taken += 1
     assert taken >= 3
 

@@ -1,12 +1,15 @@
 """Constructed metrics of a whole run, and a tiny model, for the tests of eval."""
 
+import json
 import random
+from pathlib import Path
 
 import pytest
 
 from eval.measure import conclude
-from eval.metrics import new_metrics
+from eval.metrics import new_metrics, write_metrics
 from eval.niah import means, rate
+from eval.report import write_report
 from replace.config import ModelConfig
 from replace.loading import load_model
 
@@ -210,8 +213,7 @@ def run() -> dict:
     return whole_run()
 
 
-@pytest.fixture
-def train_log() -> list[dict]:
+def training_log() -> list[dict]:
     """The lines of train.jsonl of such a run."""
     noise = random.Random(0)
     return [
@@ -224,3 +226,23 @@ def train_log() -> list[dict]:
         for stage, steps in ((1, 60), (2, 48), (3, 8))
         for step in range(steps)
     ]
+
+
+@pytest.fixture
+def train_log() -> list[dict]:
+    """A fresh copy of a whole run's train.jsonl."""
+    return training_log()
+
+
+@pytest.fixture(scope="session")
+def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a whole run with its report; shared, so tests leave it as it is."""
+    folder = tmp_path_factory.mktemp("reported")
+    write_metrics(folder, whole_run())
+    (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in training_log()))
+    (folder / "provenance.json").write_text('{"git": "abc"}')
+    (folder / "config.json").write_text('{"budget": {"stage1": {"tokens": 2048, "length": 1024}}}')
+    (folder / ".hydra").mkdir()
+    (folder / ".hydra" / "overrides.yaml").write_text("- +exp=infini\n- seed=3\n")
+    write_report(folder)
+    return folder

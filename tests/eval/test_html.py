@@ -1,6 +1,5 @@
 """report.html is one file with everything in it, and a browser has nothing to complain about."""
 
-import json
 import re
 import shutil
 import subprocess
@@ -9,8 +8,7 @@ from html.parser import HTMLParser
 import pytest
 
 from eval.html import page
-from eval.metrics import write_metrics
-from eval.report import PLOTS, write_report
+from eval.report import PLOTS
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 COUNT = """<script>addEventListener("load", () => {
@@ -44,20 +42,13 @@ class Reader(HTMLParser):
 
 
 @pytest.fixture
-def report(run, train_log, tmp_path):
-    write_metrics(tmp_path, run)
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in train_log))
-    (tmp_path / "config.json").write_text('{"budget": {"stage1": {"tokens": 1, "length": 1024}}}')
-    (tmp_path / ".hydra").mkdir()
-    (tmp_path / ".hydra" / "overrides.yaml").write_text("- +exp=infini\n- seed=3\n")
-    write_report(tmp_path)
-    return tmp_path / "report.html"
+def report(reported):
+    return reported / "report.html"
 
 
 def test_one_file_holds_everything(report):
     text = report.read_text(encoding="utf-8")
     drawn = list((report.parent / "plots").glob("*.png"))
-    shutil.rmtree(report.parent / "plots")
     read = Reader(text)
     assert len(read.pictures) == len(drawn)
     assert {picture["alt"] for picture in read.pictures} >= set(PLOTS.values())

@@ -2,32 +2,27 @@
 
 import copy
 import itertools
-import json
 
 import pytest
 
 from eval.measure import conclude
-from eval.metrics import new_metrics, write_metrics
+from eval.metrics import new_metrics
 from eval.plots import draw_all
 from eval.report import PLOTS, read_log, render, write_report
 from replace.errors import UserError
 
 
-def test_a_whole_run_is_reported_with_all_plots(run, train_log, tmp_path):
-    write_metrics(tmp_path, run)
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in train_log))
-    (tmp_path / "provenance.json").write_text('{"git": "abc"}')
-    (tmp_path / "config.json").write_text('{"budget": {"stage1": {"tokens": 2048, "length": 1024}}}')
-    text = write_report(tmp_path).read_text()
+def test_a_whole_run_is_reported_with_all_plots(reported):
+    text = (reported / "report.md").read_text()
     for name in PLOTS:
-        assert (tmp_path / "plots" / name).stat().st_size > 10_000
+        assert (reported / "plots" / name).stat().st_size > 10_000
         assert f"(plots/{name})" in text
     assert "not measured" not in text
     assert "All 30 attention layers of SmolLM2-135M-Instruct, dequantised from Q4_1 were replaced" in text
     assert "retained pairs **used**" in text
     assert "8 distractors" in text
     assert "In 3 of 6 heads the memory makes up less than 5% of the output" in text
-    assert (tmp_path / "plots" / "inside.png").stat().st_size > 10_000
+    assert (reported / "plots" / "inside.png").stat().st_size > 10_000
     assert "| `Once\\|upon` | `a time` | `two times` | 50% |" in text
     assert '"git": "abc"' in text
     assert "\n\n\n" not in text

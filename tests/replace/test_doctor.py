@@ -20,11 +20,14 @@ from replace.doctor.screen import screen
 
 ROOT = Path(__file__).parents[2]
 KEY = "0123456789abcdef0123456789abcdef01234567"
+HANGING = (
+    "import subprocess, sys, time\n"
+    "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\ntime.sleep(600)"
+)
 BROKEN = {
     "xformers": "raise SystemError('built for another Python')",
     "bitsandbytes": "raise SystemExit(0)",
-    "flash_attn": "import subprocess, sys, time\n"
-    "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\ntime.sleep(600)",
+    "flash_attn": HANGING,
     "fla": "import os\nprint('fine', flush=True)\nos._exit(0)",
     "unsloth": "raise NotImplementedError('Unsloth cannot find any torch accelerator? You need a GPU.')",
     "torchvision": "raise RuntimeError('operator torchvision::nms does not exist')",
@@ -59,10 +62,12 @@ def test_broken_packages_are_told_apart(tmp_path: Path, monkeypatch: pytest.Monk
     for name, body in BROKEN.items():
         plant(tmp_path, name, body, "2026.10.7" if name == "unsloth" else None)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(packages, "LIBRARIES", [one for one in LIBRARIES if one.module in BROKEN])
-    began = time.monotonic()
-    found = packages.libraries(limit=4)
-    assert time.monotonic() - began < 60
+    found, began = {}, time.monotonic()
+    for hang, limit in ((True, 4), (False, 300)):  # only what hangs is cut short: a busy machine is slow, too
+        asked = [one for one in LIBRARIES if one.module in BROKEN and (BROKEN[one.module] == HANGING) == hang]
+        monkeypatch.setattr(packages, "LIBRARIES", asked)
+        found |= packages.libraries(limit=limit)
+    assert time.monotonic() - began < 300
     whys = {name: one["why"] for name, one in found.items()}
     assert whys["xformers"] == "SystemError: built for another Python"
     assert whys["bitsandbytes"] == "the process ended early, with exit code 0"
@@ -84,17 +89,21 @@ def test_broken_packages_are_told_apart(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_what_hangs_is_killed_with_what_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     body = (
-        "import subprocess, sys, time\n"
+        "import os, subprocess, sys, time\n"
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
-        f"open({str(tmp_path / 'child')!r}, 'w').write(str(child.pid))\n"
+        f"open({str(tmp_path / 'written')!r}, 'w').write(str(child.pid))\n"
+        f"os.rename({str(tmp_path / 'written')!r}, {str(tmp_path / 'child')!r})\n"
         "time.sleep(600)"
     )
     plant(tmp_path, "hanging", body)
     monkeypatch.syspath_prepend(tmp_path)
-    answer = ask(packages.INSIDE, "imports", "hanging", limit=4)
-    assert answer.why == "it did not end within 4 s"
+    for limit in (4, 20, 100):  # a busy machine may need longer until the package has started anything
+        answer = ask(packages.INSIDE, "imports", "hanging", limit=limit)
+        assert answer.why == f"it did not end within {limit} s"
+        if (tmp_path / "child").exists():
+            break
     place = Path(f"/proc/{(tmp_path / 'child').read_text()}/stat")
-    for _ in range(50):  # a killed orphan stays listed until it is reaped
+    for _ in range(600):  # a killed orphan stays listed until it is reaped
         if not place.exists() or place.read_text().rsplit(")", 1)[1].split()[0] == "Z":
             break
         time.sleep(0.1)
@@ -118,7 +127,7 @@ def test_the_command_survives_a_broken_torch_and_tells_no_secret(tmp_path: Path)
         "LC_ALL": "C",
     }
     outputs = []
-    for argument in ("json=true", "limit=60"):
+    for argument in ("json=true", "limit=300"):
         ended = subprocess.run(
             [sys.executable, "-m", "replace.doctor", argument],
             capture_output=True,
@@ -207,7 +216,7 @@ def test_a_healthy_machine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     monkeypatch.setenv("LAYER_REPLACE_CACHE", str(Path.home()))
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    assert main(["json=true"]) == 0
+    assert main(["json=true", "limit=300"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["failed"] == {}
     assert facts["problems"] == [problem for problem in facts["problems"] if not problem["hinders"]]
