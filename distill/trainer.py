@@ -107,6 +107,7 @@ def train(
         with cast, ranks.teamed(rows, config.stage.accumulate) as team:
             training = _steps(model, stage, mixture, config, run_dir, log, hold, team, dev)
         save_stage(folder, stage.names, model, {"training": training})
+        hold.code = ranks.most(hold.code or 0) or None
     return training
 
 
@@ -160,7 +161,6 @@ def _steps(
         total=steps,
         desc=f"{stage.title}: {NAMES[stage.number]}",
         leave=False,
-        disable=not ranks.is_main(),
     )
     last: StepResult = {}
     for step in bar:

@@ -86,7 +86,8 @@ def run(config: Config, run_dir: Path) -> dict:
     log = open_logger(config, run_dir) if ranks.is_main() else NoLogger()
     softmax = SoftmaxKernels(config.softmax_backend, config.precision)
     try:
-        _phases(config, run_dir, loaded, documents, metrics, using, log, softmax)
+        with ranks.together():  # shards are exchanged by torch itself
+            _phases(config, run_dir, loaded, documents, metrics, using, log, softmax)
         log.results(metrics, run_dir)
     except (UserError, OSError) as error:
         log.failed(str(error))

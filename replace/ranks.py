@@ -222,7 +222,7 @@ def total(value: Tensor) -> Tensor:
     if group is None:
         return value
     value = value.detach().clone()
-    with _together():
+    with together():
         dist.all_reduce(value, group=group)
     return value
 
@@ -250,7 +250,7 @@ def sum_figures(figures: Mapping[str, float], device: torch.device) -> dict[str,
     if world() == 1:
         return dict(figures)
     sums = torch.tensor(list(figures.values()), dtype=_exact(device), device=device)
-    with _together():
+    with together():
         dist.all_reduce(sums)
     return dict(zip(figures, sums.tolist(), strict=True))
 
@@ -267,7 +267,7 @@ def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
         return
     device = parameters[0].device
     found = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8, device=device)
-    with _together():
+    with together():
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
         gradients = []
         for parameter, any_rank in zip(parameters, found.tolist(), strict=True):
@@ -300,7 +300,7 @@ def same_start(parameters: Sequence[Tensor]) -> None:
     """Give every rank the parameters that rank 0 has."""
     if world() == 1:
         return
-    with _together():
+    with together():
         for parameter in parameters:
             if not isinstance(parameter, DTensor):
                 dist.broadcast(parameter, 0)
@@ -311,7 +311,7 @@ def most(number: int) -> int:
     if world() == 1:
         return number
     largest = torch.tensor(number, device=_device())
-    with _together():
+    with together():
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return int(largest)
 
@@ -340,7 +340,7 @@ def by_main_read(read: Callable[[], tuple[dict[str, Tensor], Any] | None]) -> An
     if about is None:
         return None
     tensors = {}
-    with _together():
+    with together():
         for name, (dtype, *shape) in about["tensors"].items():
             given = found[0][name] if found is not None else torch.empty(shape, dtype=getattr(torch, dtype))
             given = given.to(_device()).contiguous()
@@ -382,7 +382,7 @@ def _told(value: Any, source: int) -> Any:
     data = json.dumps(value).encode() if rank() == source else b""
     device = _device()
     size = torch.tensor(len(data), device=device)
-    with _together():
+    with together():
         dist.broadcast(size, source)
         text = torch.empty(int(size), dtype=torch.uint8, device=device)
         if rank() == source:
@@ -392,7 +392,7 @@ def _told(value: Any, source: int) -> Any:
 
 
 @contextmanager
-def _together() -> Iterator[None]:
+def together() -> Iterator[None]:
     """Say in a sentence that a rank is gone.
 
     Raises:
@@ -400,7 +400,11 @@ def _together() -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:  # gloo has no class of its own
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(
+            error
+        ):  # which has no class of its own
+            raise
         raise Lost(f"another of the {world()} processes has ended ({_first_line(error)}).") from error
 
 

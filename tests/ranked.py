@@ -3,11 +3,10 @@
 The modules are imported once. A line of standard input is a JSON object with `arguments`, the number of
 `ranks` and the file `output` for what they print; with `shards`, layers are put in shards as on GPUs, by the
 same code (accelerate would not on a CPU); with `environment`, what else a launcher would set; with `stop`,
-the rank that gets `number`, a signal, once a file matches the glob `when`; with `ends`, the others get
-SIGTERM once one has failed, as torchrun has it. The answer is the list of exit codes, negative for a signal.
+the rank that sends itself `number`, a signal, `at` a stage and step; with `ends`, the others get SIGTERM once
+one has failed, as torchrun has it. The answer is the list of exit codes, negative for a signal.
 """
 
-import glob
 import json
 import os
 import signal
@@ -21,6 +20,7 @@ import torch
 
 import distill.trainer
 import replace.pipeline  # noqa: F401  # for the children's sake
+from distill.data import Mixture
 from replace import __main__ as start
 from replace import ranks
 
@@ -45,6 +45,8 @@ def child(job, rank, port):
     if job.get("shards"):
         ranks.sharded = lambda: True
     distill.trainer.LOG_EVERY = 1
+    if job.get("stop") == rank:
+        stop_at(*job["at"], job["number"])
     torch.optim.AdamW = partial(torch.optim.AdamW, eps=EPS)
     code = 1  # what an error that nothing caught leaves
     try:
@@ -57,9 +59,21 @@ def child(job, rank, port):
         os._exit(code)
 
 
+def stop_at(stage, step, number):
+    """Send this process a signal when it draws the rows of a step."""
+    plain = Mixture.batch
+
+    def batch(mixture, at, *more):
+        if (mixture.stage, at) == (stage, step):
+            os.kill(os.getpid(), number)
+        return plain(mixture, at, *more)
+
+    Mixture.batch = batch
+
+
 def watch(pids, job):
-    """Wait for all, and send the signal when it is due; returns the exit codes."""
-    codes, sent = {}, "number" not in job
+    """Wait for all; returns the exit codes."""
+    codes = {}
     while len(codes) < len(pids):
         for pid in pids:
             if pid not in codes:
@@ -69,9 +83,6 @@ def watch(pids, job):
         if job.get("ends") and any(codes.values()):
             for pid in set(pids) - set(codes):
                 os.kill(pid, signal.SIGTERM)
-        if not sent and glob.glob(job["when"]) and pids[job["stop"]] not in codes:
-            os.kill(pids[job["stop"]], job["number"])
-            sent = True
         time.sleep(0.005)
     return [codes[pid] for pid in pids]
 

@@ -62,8 +62,6 @@ class Server:
         output.write_text("")
         arguments = [*arguments, f"hydra.run.dir={run}"] if arguments else [f"resume={run}"]
         job |= {"arguments": arguments, "ranks": ranks, "output": str(output)}
-        if "when" in job:
-            job["when"] = str(self.folder / run / "checkpoints" / job["when"])
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline()), output.read_text()
@@ -130,7 +128,7 @@ def flat(value, place=""):
 
 
 def test_two_processes_go_on_where_one_stopped(server, one):
-    code, said = server.run("up", SHORT, stop=0, number=signal.SIGTERM, when="stage2/step-0000002")
+    code, said = server.run("up", SHORT, stop=0, number=signal.SIGTERM, at=(2, 2))
     assert code == [128 + signal.SIGTERM], said
     code, said = server.run("up", ranks=2)
     assert code == [0, 0], said
@@ -139,7 +137,7 @@ def test_two_processes_go_on_where_one_stopped(server, one):
 
 def test_one_process_goes_on_where_two_stopped(server, one):
     """The signal reaches the one that does not write; both end, and one of them says how."""
-    code, said = server.run("down", SHORT, ranks=2, stop=1, number=signal.SIGTERM, when="stage3/step-0000002")
+    code, said = server.run("down", SHORT, ranks=2, stop=1, number=signal.SIGTERM, at=(3, 2))
     assert code == [128 + signal.SIGTERM] * 2, said
     assert said.count("error: interrupted; `python -m replace resume=") == 1
     code, said = server.run("down")
@@ -149,9 +147,7 @@ def test_one_process_goes_on_where_two_stopped(server, one):
 
 def test_layers_in_shards_have_the_losses_of_one_process(server, one):
     """FSDP2, stopped in the last stage, where all parameters are in shards, and resumed."""
-    code, said = server.run(
-        "shards", SHORT, ranks=2, shards=True, stop=0, number=signal.SIGINT, when="stage3/step-0000002"
-    )
+    code, said = server.run("shards", SHORT, ranks=2, shards=True, stop=0, number=signal.SIGINT, at=(3, 2))
     assert code == [128 + signal.SIGINT] * 2, said
     code, said = server.run("shards", ranks=2, shards=True)
     assert code == [0, 0], said
@@ -159,7 +155,7 @@ def test_layers_in_shards_have_the_losses_of_one_process(server, one):
 
 
 def test_a_process_that_is_killed_ends_the_other_with_a_sentence(server):
-    code, said = server.run("lost", SHORT, ranks=2, stop=1, number=signal.SIGKILL, when="stage2/step-0000002")
+    code, said = server.run("lost", SHORT, ranks=2, stop=1, number=signal.SIGKILL, at=(2, 2))
     assert code == [2, -signal.SIGKILL], said
     assert "Traceback" not in said
     sentence = said.strip().splitlines()[-1]
