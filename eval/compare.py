@@ -210,20 +210,21 @@ def _tell_apart(columns: Sequence[Column]) -> None:
         options = [dict(_options(asdict(config))) for config in configs if config is not None]
         if len(options) < len(alike):
             continue
-        keys = [key for key in options[0] if any(one.get(key) != options[0][key] for one in options)]
-        if 0 < len(keys) <= TOLD:
+        first = options[0]
+        told = [option for option in first if any(one.get(option) != first[option] for one in options)]
+        if 0 < len(told) <= TOLD:
             for column, one in zip(alike, options, strict=True):
-                column.name += "".join(f", {key}={one.get(key)}" for key in keys)
+                column.name += "".join(f", {option}={one.get(option)}" for option in told)
 
 
 def _options(config: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The options of a config by dotted key, without those that a seed may change."""
-    for key, value in config.items():
-        if prefix or key not in SEEDLESS:
+    for name, value in config.items():
+        if prefix or name not in SEEDLESS:
             if isinstance(value, Mapping):
-                yield from _options(value, f"{prefix}{key}.")
+                yield from _options(value, f"{prefix}{name}.")
             else:
-                yield f"{prefix}{key}", value
+                yield f"{prefix}{name}", value
 
 
 def _column(items: list[Item]) -> Column:
