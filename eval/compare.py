@@ -35,8 +35,6 @@ NOT_COMPARED = ("training", "seconds", "layer_outputs", "dev", "test_reads")
 TASKS = ("passkey", "niah")
 SEEDLESS = ("seed", "source", "resume", "dry_run", "verbose", "threads", "logger")
 """Fields of a config in which runs of one experiment may differ."""
-TOLD = 3
-"""Options that the name of a column tells at most."""
 LOWER, HIGHER = "lower", "higher"
 
 
@@ -194,36 +192,11 @@ def _columns(items: Sequence[Item]) -> list[Column]:
             columns += [_column([item]) for item in group]
         else:
             columns.append(_column(group))
-    _tell_apart(columns)
     names = [column.name for column in columns]
     for place, column in enumerate(columns):
         if names.count(column.name) > 1:
             column.name = f"{column.name} ({place + 1}: {_place(column.items[0])})"
     return columns
-
-
-def _tell_apart(columns: Sequence[Column]) -> None:
-    """Add the options in which columns of one name differ to their names, where they are few."""
-    for name in {column.name for column in columns}:
-        alike = [column for column in columns if column.name == name]
-        configs = [column.items[0].config for column in alike]
-        options = [dict(_options(asdict(config))) for config in configs if config is not None]
-        if len(options) < len(alike):
-            continue
-        keys = [key for key in options[0] if any(one.get(key) != options[0][key] for one in options)]
-        if 0 < len(keys) <= TOLD:
-            for column, one in zip(alike, options, strict=True):
-                column.name += "".join(f", {key}={one.get(key)}" for key in keys)
-
-
-def _options(config: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The options of a config by dotted key, without those that a seed may change."""
-    for key, value in config.items():
-        if prefix or key not in SEEDLESS:
-            if isinstance(value, Mapping):
-                yield from _options(value, f"{prefix}{key}.")
-            else:
-                yield f"{prefix}{key}", value
 
 
 def _column(items: list[Item]) -> Column:
