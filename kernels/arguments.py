@@ -197,22 +197,27 @@ def check_real(name: str, value: object, zero: bool = False, words: str = "") ->
 _checked: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def check_borders(cu_seqlens: Tensor, length: int) -> None:
+def check_borders(cu_seqlens: Tensor, length: int) -> list[int] | None:
     """The values of cu_seqlens: 0 first, T last, rising, so that no sequence is empty.
 
     They are read once a tensor, since the same one is given to every layer; on a GPU that waits for it,
-    unless a CUDA graph is being captured. What is not checked cannot do harm: `chunk_table` holds the values
-    to 0..T.
+    unless a CUDA graph is being captured. What is not checked cannot do harm: `kernels.packing` holds the
+    values to 0..T.
+
+    Returns:
+        the values; None where a capture keeps them from being read.
 
     Raises:
         ValueError: with the first border that is wrong.
     """
     # A tensor made under inference_mode counts no changes, so what was read of it may be out of date.
     now = None if cu_seqlens.is_inference() else (cu_seqlens._version, length)
-    if now is not None and _checked.get(cu_seqlens) == now:
-        return
+    if now is not None:
+        known, borders = _checked.get(cu_seqlens, (None, None))
+        if known == now:
+            return borders
     if cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing():
-        return
+        return None
     borders = cu_seqlens.tolist()
     if borders[0] != 0:
         raise ValueError(f"cu_seqlens[0] is {borders[0]}; expected 0.")
@@ -224,4 +229,5 @@ def check_borders(cu_seqlens: Tensor, length: int) -> None:
                 f"cu_seqlens[{n + 1}] is {stop} after {start}; expected rising values, no sequence empty."
             )
     if now is not None:
-        _checked[cu_seqlens] = now
+        _checked[cu_seqlens] = (now, borders)
+    return borders

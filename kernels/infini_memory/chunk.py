@@ -60,6 +60,7 @@ def infini_memory(
 ) -> tuple[Tensor, InfiniState, InfiniCounters]:
     """`kernels.infini_memory`, about `piece` tokens at a time; arguments checked before."""
     dtype, (batch, length), groups = v.dtype, q.shape[:2], k.shape[2]
+    block = min(block, length + 1)  # of a longer one nothing leaves either, and what it lacks is filled up
     weight = wide(k.new_ones(batch, length, groups) if write_gate is None else write_gate)
     leaving = torch.arange(length, device=q.device) < written_blocks(length, block, lookback) * block
     here = leaving.view(1, -1, 1) if mask is None else leaving.view(1, -1, 1) & mask.unsqueeze(-1)

@@ -1,5 +1,6 @@
 """The public operators: arguments are checked here, then one of the forms runs."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from kernels.arguments import (
     FLOATS,
     Sizes,
+    check_borders,
     check_choice,
     check_mask,
     check_number,
@@ -22,8 +24,10 @@ from kernels.infini_memory import chunk, reference
 from kernels.infini_memory.state import InfiniCounters, InfiniState
 from kernels.linear_attention.op import LARGEST, PRECISIONS
 from kernels.numerics import wide, without_autocast
+from kernels.packing import Rows
 
 State = InfiniState | tuple[Tensor, Tensor, Tensor]
+Result = tuple[Tensor, InfiniState, InfiniCounters]
 
 
 def infini_memory(
@@ -37,11 +41,12 @@ def infini_memory(
     lookback: int = 0,
     write_gate: Tensor | None = None,
     mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     initial_state: State | None = None,
     clamp: float = 1e4,
     backend: str = "auto",
     input_precision: str | None = None,
-) -> tuple[Tensor, InfiniState, InfiniCounters]:
+) -> Result:
     """The memory of Infini-attention (Munkhdalai et al. 2024), joined with a local attention's output.
 
         A_t = q_t M / (q_t . z),   out_t = g A_t + (1 - g) local_t
@@ -65,6 +70,11 @@ def infini_memory(
         lookback: L.
         write_gate: `[B, T, G]`, 0 or more, the weight of each token, of gate's dtypes; None for ones.
         mask: `[B, T]` bool, False where a token is not written, whatever it holds.
+        cu_seqlens: `[N + 1]` int32 or int64, where the N sequences packed into one row (B = 1) begin and end;
+            states and counters then have N in the place of B, and blocks begin anew. Each sequence is laid
+            into a row of its own, beside others of like length: memory and work of less than 2 T tokens. Its
+            values are read once a tensor, which on a GPU waits; under torch.compile, and where a CUDA graph
+            is captured before they were read, they are not, and each of the N rows takes T tokens.
         initial_state: of earlier calls; None for an empty one.
         clamp: above 0.
         backend: "auto", "triton", "chunk" or "reference".
@@ -72,14 +82,14 @@ def infini_memory(
             fp32 inputs.
 
     Returns:
-        out `[B, T, H, D]` in v's dtype; the state, which holds the first T // S - L blocks of this call; and
-        the counters. To go on, give this state and begin with the first token that it does not hold: the
-        outputs of those given twice are the local ones' and of no use.
+        out `[B, T, H, D]` in v's dtype; the state, which holds the first T // S - L blocks of this call, T of
+        each packed sequence its own; and the counters. To go on, give this state and begin with the first
+        token that it does not hold: the outputs of those given twice are the local ones' and of no use.
 
     Raises:
         ValueError: an argument of a wrong shape, dtype, device or value, or a backend that cannot run this.
     """
-    sizes = check_qkv(q, k, v)
+    sizes = check_qkv(q, k, v, cu_seqlens)
     head = (sizes.batch, sizes.length, sizes.heads)
     expect("local", local, "B, T, H, D", (*head, sizes.width), (q.dtype,), q.device)
     _check_gate(gate, head, q)
@@ -94,17 +104,13 @@ def infini_memory(
     initial = None if initial_state is None else _given("initial_state", initial_state, sizes, q)
     check_choice("backend", backend, FORCED)
     chosen = choose("infini_memory", backend, q.device, q.dtype, refusal(sizes.features, sizes.width))
-    if chosen == "triton":
-        options = (block, lookback, clamp, input_precision)
-        return _triton(q, k, v, local, gate, write_gate, mask, initial, *options)
-    if initial is None:
-        place = (q.device, state_dtype(q))
-        initial = InfiniState.empty(sizes.batch, sizes.groups, sizes.features, sizes.width, *place)
-    form = reference.infini_memory if chosen == "reference" else chunk.infini_memory
-    run = partial(form, q, k, v, local, gate, write_gate, mask, initial, block, lookback, clamp)
-    with without_autocast(q.device):
-        out, (M, z, n), counters = run()
-    return out, InfiniState(M, z, n.detach()), counters
+    run = partial(_run, chosen, block, lookback, clamp, input_precision)
+    if cu_seqlens is None:
+        return run(q, k, v, local, gate, write_gate, mask, initial)
+    borders = None if torch.compiler.is_compiling() else check_borders(cu_seqlens, sizes.length)
+    rows = Rows.of(cu_seqlens, borders, sizes.length)
+    mask = _leaving(rows, mask, block, lookback)
+    return _in_rows(run, rows, q, k, v, local, gate, write_gate, mask, initial)
 
 
 def infini_memory_step(
@@ -154,6 +160,78 @@ def refusal(features: int, width: int) -> str | None:
     return f"F or D is above {LARGEST}" if max(features, width) > LARGEST else None
 
 
+def _run(
+    chosen: str,
+    block: int,
+    lookback: int,
+    clamp: float,
+    precision: str | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    local: Tensor,
+    gate: Tensor,
+    write_gate: Tensor | None,
+    mask: Tensor | None,
+    initial: InfiniState | None,
+) -> Result:
+    """One sequence a row, in the form chosen."""
+    if chosen == "triton":
+        options = (block, lookback, clamp, precision)
+        return _triton(q, k, v, local, gate, write_gate, mask, initial, *options)
+    if initial is None:
+        sizes = (q.shape[0], k.shape[2], k.shape[3], v.shape[3])
+        initial = InfiniState.empty(*sizes, q.device, state_dtype(q))
+    form = reference.infini_memory if chosen == "reference" else chunk.infini_memory
+    with without_autocast(q.device):
+        out, (M, z, n), counters = form(
+            q, k, v, local, gate, write_gate, mask, initial, block, lookback, clamp
+        )
+    return out, InfiniState(M, z, n.detach()), counters
+
+
+def _leaving(rows: Rows, mask: Tensor | None, block: int, lookback: int) -> Tensor:
+    """`[1, T]` bool, the tokens that packed sequences write: of each its own whole blocks but the last L.
+
+    The others have to be masked: in a row beside longer ones a short sequence's last block is filled up with
+    pads, and pads follow it as whole blocks, so that it would be written.
+    """
+    length = len(rows.place)
+    block, lookback = min(block, length + 1), min(lookback, length)  # more changes nothing, and may not fit
+    whole = (rows.lengths // block - lookback).clamp_min(0)
+    leaving = (rows.place < whole * block).unsqueeze(0)
+    return leaving if mask is None else leaving & mask
+
+
+def _in_rows(
+    run: Callable[..., Result],
+    rows: Rows,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    local: Tensor,
+    gate: Tensor,
+    write_gate: Tensor | None,
+    mask: Tensor,
+    initial: InfiniState | None,
+) -> Result:
+    """Packed sequences, each in a row of its own; what pads read is dropped."""
+    count = len(rows.shapes)
+    given: list = [rows.lay(x) for x in (q, k, v, local)]
+    given.append([gate] * count if gate.dim() == 1 else rows.lay(gate))
+    given.append([None] * count if write_gate is None else rows.lay(write_gate))
+    given.append(rows.lay(mask))
+    held: list = [None] * count
+    if initial is not None:
+        held = [InfiniState(*parts) for parts in zip(*map(rows.split, initial), strict=True)]
+    outs, states, counters = zip(*(run(*some) for some in zip(*given, held, strict=True)), strict=True)
+    return (
+        rows.tokens(outs),
+        InfiniState(*map(rows.join, zip(*states, strict=True))),
+        InfiniCounters(*map(rows.join, zip(*counters, strict=True))),
+    )
+
+
 def _triton(
     q: Tensor,
     k: Tensor,
@@ -169,7 +247,7 @@ def _triton(
     precision: str | None = None,
     width: int = 0,
     segments: int = 0,
-) -> tuple[Tensor, InfiniState, InfiniCounters]:
+) -> Result:
     """The fused form; `width` and `segments` as in `fused.forward`."""
     from kernels.infini_memory import fused, library  # only here: Triton is imported when it is used
     from kernels.linear_attention.fused import default_precision

@@ -166,6 +166,7 @@ def window_linear_attention(
 ) -> tuple[Tensor, InfiniState, InfiniCounters]:
     """As `reference.window_linear_attention`, about `piece` tokens at a time."""
     dtype, (batch, length), groups = v.dtype, q.shape[:2], k.shape[2]
+    block = min(block, length + 1)  # of a longer one nothing leaves either, and what it lacks is filled up
     q, k, v, phi_q, phi_k = (wide(x) for x in (q, k, v, phi_q, phi_k))
     cut = _Cut.of(q, cu_seqlens, block, lookback)
     late, lookback = lookback, min(lookback, len(cut.order))  # none is further back than the first

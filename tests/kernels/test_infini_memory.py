@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from kernels import InfiniState, infini_memory, infini_memory_step
 from kernels.infini_memory import chunk, op
+from kernels.packing import Rows
 from kernels.testing import assert_close, poisoned, tolerance
 
 Result = dict[str, Tensor]
@@ -32,6 +34,12 @@ class Case:
     per_head: bool = False
     clamp: float = 1e4
     spoiled: bool = False
+    packed: tuple[int, ...] = ()
+
+    @property
+    def states(self) -> int:
+        """N, of which there are as many states: rows, or packed sequences."""
+        return len(self.packed) - 1 if self.packed else self.batch
 
 
 CASES = {
@@ -47,6 +55,19 @@ CASES = {
     "all_outside": Case(20, 4, lookback=9),
     "clamped": Case(45, 12, lookback=1, clamp=0.7, batch=2, spoiled=True, masked=True),
     "clamped_blocks_of_two_tiles": Case(140, 70, heads=1, clamp=0.3),
+    "packed": Case(41, 4, heads=4, groups=2, masked=True, packed=(0, 3, 4, 17, 26, 34, 41)),
+    "packed_lookback": Case(
+        42,
+        4,
+        lookback=1,
+        initial=False,
+        gated=False,
+        per_head=True,
+        clamp=0.7,
+        spoiled=True,
+        packed=(0, 9, 23, 26, 42),
+    ),
+    "packed_below_a_block": Case(6, 8, masked=True, packed=(0, 5, 6)),
     "dim_64": Case(33, 32, heads=1, features=64, width=64),
     "dims_80_96": Case(20, 8, heads=1, features=80, width=96, initial=False),
     "dim_128": Case(33, 32, heads=1, features=128, width=128),
@@ -66,6 +87,7 @@ class Inputs:
     gate: Tensor
     write_gate: Tensor | None
     mask: Tensor | None
+    cu_seqlens: Tensor | None
     M: Tensor | None
     z: Tensor | None
     n: Tensor | None
@@ -87,7 +109,7 @@ def inputs(case: Case, dtype: torch.dtype = torch.float64, device: str = "cpu") 
         return (x.abs() + 0.1 if positive else x).to(kind).to(device)
 
     rows, groups = (case.batch, case.length), case.groups
-    state = (case.batch, groups, case.features)
+    state = (case.states, groups, case.features)
     k, v = new(*rows, groups, case.features, positive=True), new(*rows, groups, case.width)
     write_gate = new(*rows, groups, kind=single).sigmoid() if case.gated else None
     mask = None
@@ -109,6 +131,7 @@ def inputs(case: Case, dtype: torch.dtype = torch.float64, device: str = "cpu") 
         gate=new(*([] if case.per_head else rows), case.heads, kind=single).sigmoid(),
         write_gate=write_gate,
         mask=mask,
+        cu_seqlens=torch.tensor(case.packed, device=device) if case.packed else None,
         M=new(*state, case.width, kind=single) if case.initial else None,
         z=new(*state, positive=True, kind=single) if case.initial else None,
         n=count if case.initial else None,
@@ -121,7 +144,7 @@ def inputs(case: Case, dtype: torch.dtype = torch.float64, device: str = "cpu") 
 def wide(x: Inputs) -> Inputs:
     """The same numbers in fp64 on the CPU: what the truth is computed from."""
     moved = {
-        name: value.cpu() if value.dtype == torch.bool else value.cpu().double()
+        name: value.cpu().double() if value.is_floating_point() else value.cpu()
         for name, value in vars(x).items()
         if value is not None
     }
@@ -145,6 +168,7 @@ def outcome(form: Form, x: Inputs, case: Case) -> Result:
         lookback=case.lookback,
         write_gate=leaves.get("write_gate"),
         mask=x.mask,
+        cu_seqlens=x.cu_seqlens,
         initial_state=initial,
         clamp=case.clamp,
     )
@@ -169,11 +193,40 @@ def compare(got: Result, want: Result, dtype: torch.dtype, device: str = "cpu") 
             assert_close(name, got[name], value, tolerance(dtype, device, name.startswith("d")))
 
 
+def each_alone(form: Form) -> Form:
+    """`form`, given packed sequences one at a time."""
+
+    def run(*tokens: Tensor, cu_seqlens: Tensor, **options: object) -> tuple:
+        found, initial = [], options.pop("initial_state")
+        *tokens, gate = tokens
+        for i, (start, stop) in enumerate(pairwise(cu_seqlens.tolist())):
+            own = {"initial_state": InfiniState(*(y[i : i + 1] for y in initial)) if initial else None}  # type: ignore[attr-defined]
+            for name in ("write_gate", "mask"):
+                y = options[name]
+                own[name] = y[:, start:stop] if isinstance(y, Tensor) else None  # type: ignore[assignment]
+            share = gate if gate.dim() == 1 else gate[:, start:stop]
+            found.append(form(*(y[:, start:stop] for y in tokens), share, **(options | own)))
+        outs, states, counters = zip(*found, strict=True)
+        return (
+            torch.cat(outs, 1),
+            InfiniState(*map(torch.cat, zip(*states, strict=True))),
+            op.InfiniCounters(*map(torch.cat, zip(*counters, strict=True))),
+        )
+
+    return run
+
+
 def definition(
     q: Tensor, k: Tensor, v: Tensor, local: Tensor, gate: Tensor, *, block: int, lookback: int,
     write_gate: Tensor | None, mask: Tensor | None, initial_state: InfiniState | None, clamp: float,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, InfiniState, op.InfiniCounters]:  # fmt: skip
     """Without a recurrence: each query weighs every token of the blocks that have left before its own."""
+    if cu_seqlens is not None:
+        return each_alone(definition)(
+            q, k, v, local, gate, block=block, lookback=lookback, write_gate=write_gate, mask=mask,
+            initial_state=initial_state, clamp=clamp, cu_seqlens=cu_seqlens,
+        )  # fmt: skip
     (batch, length), groups = q.shape[:2], k.shape[2]
     weight = torch.ones_like(k[..., 0]) if write_gate is None else write_gate
     sound = (k.abs() < 1e15).all(-1) & (v.abs() < 1e15).all(-1) & weight.isfinite()
@@ -252,6 +305,53 @@ def test_token_by_token_equals_the_definition(name: str) -> None:
     case = replace(CASES[name], features=min(CASES[name].features, 24), width=min(CASES[name].width, 24))
     x = inputs(case)
     compare(outcome(backend("reference"), x, case), outcome(definition, x, case), torch.float64)
+
+
+@pytest.mark.parametrize("name", ["reference", "chunk"])
+@pytest.mark.parametrize("case", [name for name in CASES if CASES[name].packed])
+def test_a_packed_sequence_is_the_sequence_alone(case: str, name: str) -> None:
+    x = inputs(CASES[case])
+    want = outcome(each_alone(backend(name)), x, CASES[case])
+    compare(outcome(backend(name), x, CASES[case]), want, torch.float64)
+
+
+def test_what_a_short_sequence_does_not_write_is_not_counted() -> None:
+    case = CASES["packed_lookback"]
+    found = outcome(backend("chunk"), inputs(case), case)
+    assert found["nonfinite"].flatten().tolist() == [3, 0, 0, 0]
+    assert (found["n"] > 0).flatten().tolist() == [True, True, False, True]
+    assert found["clamped"].sum() > 1
+
+
+def test_one_long_sequence_among_short_ones_costs_less_than_twice_the_tokens() -> None:
+    lengths = [1000, *[1] * 200, 17, 31, 16]
+    borders = torch.tensor([0, *lengths]).cumsum(0)
+    rows = Rows.of(borders, borders.tolist(), sum(lengths))
+    assert rows.shapes == [(200, 1), (3, 31), (1, 1000)]
+    x = torch.arange(sum(lengths)).view(1, -1) + 1
+    laid = rows.lay(x)
+    assert torch.equal(laid[2], x[:, :1000])
+    assert laid[1][0].tolist() == [*x[0, -16:].tolist(), *[0] * 15]
+    assert torch.equal(rows.tokens(laid), x)
+
+
+def test_borders_that_are_not_read_keep_tokens_in_place_and_wrong_ones_in_bounds() -> None:
+    x = torch.arange(7).view(1, -1) + 1
+    rows = Rows.of(torch.tensor([0, 4, 7]), None, 7)
+    assert rows.lay(x)[0].tolist() == [[5, 6, 7, 0, 0, 0, 0], [1, 2, 3, 4, 0, 0, 0]]
+    assert torch.equal(rows.tokens(rows.lay(x)), x)
+    for wrong in ([3, 9, 1, -2], [7, 0], [5, 5, 5]):
+        rows = Rows.of(torch.tensor(wrong), None, 7)
+        assert rows.tokens(rows.lay(x)).shape == x.shape
+
+
+def test_a_block_far_longer_than_the_text_costs_no_memory() -> None:
+    case = Case(7, 10**12, masked=True)
+    x = inputs(case)
+    compare(outcome(backend("chunk"), x, case), outcome(backend("reference"), x, case), torch.float64)
+    case = replace(case, lookback=10**12, packed=(0, 3, 7))
+    x = inputs(case)
+    compare(outcome(backend("chunk"), x, case), outcome(backend("reference"), x, case), torch.float64)
 
 
 def test_the_cases_see_the_guard() -> None:
@@ -516,8 +616,9 @@ def test_autocast_does_not_reach_the_state() -> None:
         pytest.param("auto", marks=pytest.mark.gpu),
     ],
 )
-def test_it_compiles_as_one_graph(name: str) -> None:
-    case = Case(9, 4, masked=True)
+@pytest.mark.parametrize("packed", [(), (0, 5, 9)])
+def test_it_compiles_as_one_graph(name: str, packed: tuple[int, ...]) -> None:
+    case = Case(9, 4, masked=True, packed=packed)
     device = "cuda" if name == "auto" else "cpu"
     x = inputs(case, torch.float32, device)
     want = outcome(backend(name), x, case)
@@ -547,13 +648,15 @@ def test_torch_accepts_the_operators(device: str) -> None:
 
 
 @pytest.mark.gpu
-def test_nothing_waits_for_the_gpu() -> None:
-    case = Case(200, 32, lookback=1, heads=4, groups=2, masked=True, spoiled=True)
+@pytest.mark.parametrize("packed", [(), (0, 70, 80, 200)])
+def test_nothing_waits_for_the_gpu(packed: tuple[int, ...]) -> None:
+    case = Case(200, 32, lookback=1, heads=4, groups=2, masked=True, spoiled=True, packed=packed)
     x = inputs(case, torch.bfloat16, "cuda")
     leaves = [y.clone().requires_grad_() for y in (x.q, x.k, x.v, x.local, x.gate)]
 
     def run() -> None:
-        out, _, counters = infini_memory(*leaves, block=32, lookback=1, mask=x.mask)
+        options = {"mask": x.mask, "cu_seqlens": x.cu_seqlens}
+        out, _, counters = infini_memory(*leaves, block=32, lookback=1, **options)  # type: ignore[arg-type]
         out.backward(x.out)
         counters.clamped.sum()
 
@@ -612,6 +715,7 @@ REFUSED = {
         r"initial_state.M has shape \[1, 2, 6, 3\]; expected \[B, G, F, D\] = \[2, 2, 6, 3\]",
     ),
     "state_n": ({"initial_state": (*STATE[:2], torch.zeros(2, 2))}, r"initial_state.n .* is torch.float32"),
+    "packed_rows": ({"cu_seqlens": torch.tensor([0, 5])}, r"q has shape .* with B = 1 beside cu_seqlens"),
     "backend": ({"backend": "fla"}, r"backend='fla' is not possible; expected one of auto, triton, chunk"),
     "wide": (
         {"q": torch.rand(2, 5, 4, 1025), "k": torch.rand(2, 5, 2, 1025), "backend": "triton"},
@@ -625,6 +729,42 @@ def test_what_is_wrong_is_named(name: str) -> None:
     changes, words = REFUSED[name]
     with pytest.raises(ValueError, match=words):
         call(**changes)
+
+
+@pytest.mark.parametrize(
+    ("borders", "words"),
+    [
+        ([0], r"cu_seqlens has shape \[1\]"),
+        ([0.0, 5.0], r"cu_seqlens \[2\] is torch.float32; expected torch.int32 or torch.int64"),
+        ([1, 5], r"cu_seqlens\[0\] is 1; expected 0"),
+        ([0, 4], r"cu_seqlens ends with 4; expected T = 5"),
+        ([0, 3, 2, 5], r"cu_seqlens\[2\] is 2 after 3"),
+        ([0, 3, 3, 5], r"cu_seqlens\[2\] is 3 after 3"),
+    ],
+)
+@pytest.mark.parametrize("name", ["reference", "chunk", pytest.param("triton", marks=pytest.mark.interpret)])
+def test_wrong_borders_are_named(name: str, borders: list[float], words: str) -> None:
+    row = {key: torch.rand(1, 5, 2, 3) for key in ("q", "k", "v", "local")} | {"gate": torch.rand(2)}
+    with pytest.raises(ValueError, match=words):
+        call(**row, cu_seqlens=torch.tensor(borders), backend=name)
+
+
+def test_borders_that_change_in_place_are_read_again() -> None:
+    row = {key: torch.rand(1, 5, 2, 3) for key in ("q", "k", "v", "local")} | {"gate": torch.rand(2)}
+    borders = torch.tensor([0, 2, 5])
+    before, *_ = call(**row, cu_seqlens=borders)
+    borders[1] = 4
+    after, *_ = call(**row, cu_seqlens=borders)
+    assert torch.equal(after, call(**row, cu_seqlens=torch.tensor([0, 4, 5]))[0])
+    assert not torch.equal(after, before)
+
+
+def test_a_state_of_rows_is_refused_beside_packed_sequences() -> None:
+    row = {key: torch.rand(1, 5, 2, 3) for key in ("q", "k", "v", "local")} | {"gate": torch.rand(2)}
+    state = (torch.zeros(1, 2, 3, 3), torch.zeros(1, 2, 3), torch.zeros(1, 2, dtype=torch.int64))
+    words = r"initial_state.M has shape \[1, 2, 3, 3\]; expected \[N, G, F, D\] = \[2, 2, 3, 3\]"
+    with pytest.raises(ValueError, match=words):
+        call(**row, cu_seqlens=torch.tensor([0, 2, 5]), initial_state=state)
 
 
 def test_counts_may_be_whole_numbers() -> None:

@@ -386,6 +386,13 @@ def test_blocks_equal_token_by_token(name: str, dtype: torch.dtype) -> None:
     compare(outcome(backend("chunk"), x, CASES[name]), want, dtype)
 
 
+def test_a_block_far_longer_than_the_text_costs_no_memory() -> None:
+    for packed in ((), (0, 3, 7)):
+        case = Case(7, 10**12, window=10**12, sinks=2, packed=packed, initial=True)
+        x = inputs(case)
+        compare(outcome(backend("chunk"), x, case), outcome(backend("reference"), x, case), torch.float64)
+
+
 @pytest.mark.parametrize(("device", "dtype"), FUSED)
 @pytest.mark.parametrize("name", CASES)
 def test_fused_equals_token_by_token(name: str, device: str, dtype: torch.dtype) -> None:
