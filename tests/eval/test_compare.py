@@ -10,7 +10,7 @@ import pytest
 from eval.compare import Item, compare, figures_of, find_items, render, write_comparison
 from eval.intervals import clopper_pearson, paired_difference
 from eval.metrics import write_metrics
-from replace.config import Config
+from replace.config import AttentionConfig, Config
 from replace.errors import UserError
 
 ITEMS = {"data": "d", "vocabulary": "v", "clear": 64}
@@ -144,6 +144,17 @@ def test_runs_that_differ_in_the_seed_only_are_one_column(run):
     text = render(table, "x")
     assert f"{first['value']:.2f} ± {first['std']:.2f} [" in text
     assert "standard deviation over the runs" in text
+
+
+def test_columns_of_one_experiment_are_told_apart_by_their_options(run):
+    def of(pairs, seed):
+        config = dataclasses.replace(Config(), seed=seed, attention=AttentionConfig(pairs=pairs))
+        return item(seeded(run, seed, 1.0).metrics, config=config)
+
+    table = compare([of(pairs, seed) for pairs in (0, 16) for seed in (1, 2)])
+    first, other = (column["name"] for column in table["columns"])
+    assert first == other.replace("attention.pairs=16", "attention.pairs=0")
+    assert first.endswith("(2 seeds: 1, 2), attention.pairs=0")
 
 
 def test_the_same_seed_twice_is_no_second_draw(run):
