@@ -1,7 +1,14 @@
 """The figures in the README are those of the runs that are kept under eval/results, to the letter."""
 
 import json
+import re
 from pathlib import Path
+
+import pytest
+import yaml
+
+from replace.compose import compose
+from replace.ranks import check_ranks
 
 ROOT = Path(__file__).parents[1]
 RUN = ROOT / "eval" / "results" / "infini_quick"
@@ -93,6 +100,31 @@ def test_what_the_readme_says_of_the_whole_evaluation_is_in_its_figures():
     assert f"{-max(near)} to {-min(near)} % below that of the teacher with a sliding window" in readme
     assert f"{min(far)} to {max(far)} % above it from 32,768 on" in readme
     assert f"a novel of {streamed['tokens']:,} tokens" in readme
+
+
+def launches() -> list[str]:
+    """The README's commands that make a run of several processes, or plan one."""
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    commands = [re.split(r" {3,}", line.strip())[0] for line in lines if "-m replace +exp=" in line]
+    return [command for command in commands if "accelerate" in command or "devices." in command]
+
+
+@pytest.mark.parametrize("command", launches())
+def test_a_launch_of_the_readme_deals_its_rows_to_its_processes(command):
+    launcher, _, options = command.partition("-m replace ")
+    overrides, words = options.split(), launcher.split()
+    if "--config_file" in words:
+        file = ROOT / words[words.index("--config_file") + 1]
+        overrides.append(f"devices.processes={yaml.safe_load(file.read_text())['num_processes']}")
+    elif "--num_processes" in words:
+        overrides.append(f"devices.processes={words[words.index('--num_processes') + 1]}")
+    config = compose([*overrides, "dry_run=true"])
+    assert config.devices.processes > 1
+    check_ranks(config)
+
+
+def test_the_readme_shows_each_kind_of_launch():
+    assert {launch.split()[0] for launch in launches()} == {"accelerate", "python"}
 
 
 def test_what_the_readme_points_to_is_there():
