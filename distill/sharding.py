@@ -30,10 +30,10 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 
 @contextmanager
 def shards(model: Model, number: int, wanted: bool) -> Iterator[Model]:
-    """Yield the model that a stage trains: a twin of `model` in shards, or `model` itself where none are
-    wanted.
+    """Yield what a stage trains: a twin of `model` in shards, or `model` itself where none are wanted.
 
-    The twin's weights are `model`'s, which has those of the layers back, trained, when the block ends well.
+    The twin takes over the weights: what is in shards `model` lacks within the block, and has back, whole and
+    trained, when it ends well.
 
     Args:
         number: of the stage.
@@ -41,10 +41,10 @@ def shards(model: Model, number: int, wanted: bool) -> Iterator[Model]:
     if not wanted:
         yield model
         return
-    ranks.same_start([*model.parameters()])
+    ranks.broadcast([*model.parameters()])
     twin = _twin(model)
-    whole = {id(p) for layer in replaced_layers(twin).values() for p in layer.parameters()}
-    shard(twin, whole if number < 3 else set())
+    replaced = {id(p) for layer in replaced_layers(twin).values() for p in layer.parameters()}
+    shard(twin, replaced if number < 3 else set())
     placed = {name: p for name, p in twin.named_parameters() if isinstance(p, DTensor)}
     own = {name: p for name, p in model.named_parameters() if name in placed}
     for parameter in own.values():
@@ -55,8 +55,8 @@ def shards(model: Model, number: int, wanted: bool) -> Iterator[Model]:
         parameter.requires_grad_(placed[name].requires_grad)
 
 
-def shard(model: PreTrainedModel, whole: set[int]) -> None:
-    """Put the decoder layers' parameters in shards, in place, but for those whose ids are in `whole`.
+def shard(model: PreTrainedModel, exempt: set[int]) -> None:
+    """Put the decoder layers' parameters in shards, in place, but for those whose ids are in `exempt`.
 
     What several layers share, or holds a single number, stays whole too.
     """
@@ -66,7 +66,7 @@ def shard(model: PreTrainedModel, whole: set[int]) -> None:
     for layer in layers:
         for parameter in layer.parameters():
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    outside = {p for p in model.parameters() if owners.get(id(p)) != 1 or p.ndim == 0 or id(p) in whole}
+    outside = {p for p in model.parameters() if owners.get(id(p)) != 1 or p.ndim == 0 or id(p) in exempt}
     for layer in layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=outside)
     decoder = model.get_decoder()
@@ -115,8 +115,9 @@ def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> float:
 
 
 def _squares(tensors: Iterable[Tensor]) -> float:
-    """The sum of all squares."""
-    return float(sum(float(torch.linalg.vector_norm(t, dtype=torch.float64)) ** 2 for t in tensors))
+    """The sum of all squares; the host waits for the device once."""
+    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors]
+    return float(torch.stack(norms).square().sum()) if norms else 0.0
 
 
 def _twin(model: Model) -> Model:

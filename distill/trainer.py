@@ -107,8 +107,13 @@ def train(
         with cast, ranks.teamed(rows, config.stage.accumulate) as team:
             training = _steps(model, stage, mixture, config, run_dir, log, hold, team, dev)
         save_stage(folder, stage.names, model, {"training": training})
-        hold.code = ranks.most(hold.code or 0) or None
+        _share_signal(hold)
     return training
+
+
+def _share_signal(hold: Hold) -> None:
+    """A signal to one rank ends all of them, after the same step."""
+    hold.code = ranks.maximum(hold.code or 0) or None
 
 
 def _left_out(model: nn.Module, stage: Stage, folder: Path) -> dict:
@@ -152,7 +157,7 @@ def _steps(
     watch.go_on(counters.pop("watched", {}))
     skipped_in_row, began, tokens_begun = 0, time.perf_counter(), counters["tokens"]
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
-    ranks.same_start(trainable)
+    ranks.broadcast(trainable)
     model.train()
     dev.begin(counters.pop("dev", None), progress.step)
     bar = tqdm(
@@ -164,8 +169,8 @@ def _steps(
     )
     last: StepResult = {}
     for step in bar:
-        # A step's random numbers depend on seed, stage and step alone, so there is no state of them to keep.
-        # No rank drops out what another does.
+        # A step's random numbers depend on seed, stage, step and rank alone, so there is no state of them to
+        # keep, and no rank drops out what another does.
         torch.manual_seed(((config.seed << 2) + stage.number << 28) + step ^ ranks.rank() << 48)
         factor = learning_rate(step, steps, options.warmup)
         for group, rate in zip(optimizer.param_groups, base, strict=True):
@@ -218,7 +223,7 @@ def _steps(
         if step % LOG_EVERY == 0 or step == steps - 1 or found is not None:
             rate = (counters["tokens"] - tokens_begun) / max(1e-9, time.perf_counter() - began)
             _log_step(run_dir, log, stage, step, last, counters, base[0] * factor, rate, found)
-        hold.code = ranks.most(hold.code or 0) or None
+        _share_signal(hold)
         if dev.stopped:
             break
         due = (step + 1) % options.checkpoint_every == 0 or hold.code is not None

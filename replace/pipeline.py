@@ -86,7 +86,7 @@ def run(config: Config, run_dir: Path) -> dict:
     log = open_logger(config, run_dir) if ranks.is_main() else NoLogger()
     softmax = SoftmaxKernels(config.softmax_backend, config.precision)
     try:
-        with ranks.together():  # shards are exchanged by torch itself
+        with ranks.or_lost():  # shards are exchanged by torch itself
             _phases(config, run_dir, loaded, documents, metrics, using, log, softmax)
         log.results(metrics, run_dir)
     except (UserError, OSError) as error:
@@ -97,7 +97,7 @@ def run(config: Config, run_dir: Path) -> dict:
         log.finish()
     if ranks.is_main():
         end_provenance(run_dir, began)
-    ranks.wait()
+    ranks.barrier()
     return metrics
 
 

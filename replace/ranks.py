@@ -150,10 +150,11 @@ def check_ranks(config: Config) -> None:
         raise bad_value("devices.sharding", devices.sharding, SHARDINGS)
     if not 0 <= devices.memory < math.inf:
         raise bad_value("devices.memory", devices.memory, "GiB of a device, or 0 for what is here")
-    if not config.dry_run and devices != DevicesConfig():
-        raise bad_value(
-            "devices", "...", "nothing without dry_run=true: a run takes what its launcher gives it"
-        )
+    for name, default in vars(DevicesConfig()).items():
+        value = getattr(devices, name)
+        if value != default and not config.dry_run:
+            allowed = f"{default} without dry_run=true: a run takes what its launcher gives it"
+            raise bad_value(f"devices.{name}", value, allowed)
     many = processes(config)
     if many == 1:
         return
@@ -222,7 +223,7 @@ def total(value: Tensor) -> Tensor:
     if group is None:
         return value
     value = value.detach().clone()
-    with together():
+    with or_lost():
         dist.all_reduce(value, group=group)
     return value
 
@@ -250,7 +251,7 @@ def sum_figures(figures: Mapping[str, float], device: torch.device) -> dict[str,
     if world() == 1:
         return dict(figures)
     sums = torch.tensor(list(figures.values()), dtype=_exact(device), device=device)
-    with together():
+    with or_lost():
         dist.all_reduce(sums)
     return dict(zip(figures, sums.tolist(), strict=True))
 
@@ -267,7 +268,7 @@ def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
         return
     device = parameters[0].device
     found = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8, device=device)
-    with together():
+    with or_lost():
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
         gradients = []
         for parameter, any_rank in zip(parameters, found.tolist(), strict=True):
@@ -296,22 +297,22 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 @torch.no_grad()
-def same_start(parameters: Sequence[Tensor]) -> None:
+def broadcast(parameters: Sequence[Tensor]) -> None:
     """Give every rank the parameters that rank 0 has."""
     if world() == 1:
         return
-    with together():
+    with or_lost():
         for parameter in parameters:
             if not isinstance(parameter, DTensor):
                 dist.broadcast(parameter, 0)
 
 
-def most(number: int) -> int:
-    """The largest of a number that each rank has."""
+def maximum(number: int) -> int:
+    """The largest of the ranks' numbers."""
     if world() == 1:
         return number
     largest = torch.tensor(number, device=_device())
-    with together():
+    with or_lost():
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return int(largest)
 
@@ -340,7 +341,7 @@ def by_main_read(read: Callable[[], tuple[dict[str, Tensor], Any] | None]) -> An
     if about is None:
         return None
     tensors = {}
-    with together():
+    with or_lost():
         for name, (dtype, *shape) in about["tensors"].items():
             given = found[0][name] if found is not None else torch.empty(shape, dtype=getattr(torch, dtype))
             given = given.to(_device()).contiguous()
@@ -365,16 +366,15 @@ def main_first() -> Iterator[None]:
     """The block is done by one rank of each machine before the others, which find what it has downloaded."""
     first = int(os.environ.get("LOCAL_RANK") or 0) == 0
     if not first:
-        wait()
+        barrier()
     yield
     if first:
-        wait()
+        barrier()
 
 
-def wait() -> None:
-    """Until all ranks are here."""
-    if world() > 1:
-        most(0)
+def barrier() -> None:
+    """Wait until all ranks are here."""
+    maximum(0)
 
 
 def _told(value: Any, source: int) -> Any:
@@ -382,7 +382,7 @@ def _told(value: Any, source: int) -> Any:
     data = json.dumps(value).encode() if rank() == source else b""
     device = _device()
     size = torch.tensor(len(data), device=device)
-    with together():
+    with or_lost():
         dist.broadcast(size, source)
         text = torch.empty(int(size), dtype=torch.uint8, device=device)
         if rank() == source:
@@ -392,18 +392,16 @@ def _told(value: Any, source: int) -> Any:
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """Say in a sentence that a rank is gone.
+def or_lost() -> Iterator[None]:
+    """Around all that ranks tell each other: that one of them is gone is said in a sentence.
 
     Raises:
-        Lost: it is.
+        Lost: one is gone.
     """
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(
-            error
-        ):  # which has no class of its own
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):  # gloo has no class of its own
             raise
         raise Lost(f"another of the {world()} processes has ended ({_first_line(error)}).") from error
 
