@@ -23,11 +23,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.data import Mixture
 from distill.objective import language_loss
-from distill.stages import final_hidden, head_of, replaced_layers, transfer_stage
+from distill.stages import final_hidden, head_of, transfer_stage
 from distill.trainer import learning_rate
 from replace.choice import layers_of, spec_of
 from replace.config import Config, StageBudget
-from replace.convert import SwapSpec, attention_layers, parent_of, restore, swap
+from replace.convert import SwapSpec, attention_layers, parent_of, replaced_layers, restore, swap
 from replace.corpora import Document, blocks, choosing_split
 from replace.episodes import Episode, haystack, make_episode
 from replace.precision import autocast, cast_once, dtype_of

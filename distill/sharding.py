@@ -20,9 +20,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from distill.stages import replaced_layers
 from replace import ranks
-from replace.convert import attention_layers, parent_of
+from replace.convert import attention_layers, parent_of, replaced_layers
 from replace.launch import world
 
 Model = TypeVar("Model", bound=PreTrainedModel)

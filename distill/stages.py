@@ -16,15 +16,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from distill.data import Batch
 from distill.objective import language_loss, score_loss, transfer_loss, weights_loss
+from distill.sharding import in_shards
 from replace.config import Config
-from replace.convert import at_rest, attention_layers, conversion_of, teacher_attention
+from replace.convert import at_rest, conversion_of, replaced_layers, teacher_attention
 from replace.errors import UserError
-from replace.layer import AttentionModule, ReplacedAttention
+from replace.layer import AttentionModule
 from replace.memory import MemoryMixer
 from replace.observe import Attending, later_attention, observe
 from replace.rotary import family_rotation, unrotate
@@ -87,11 +87,6 @@ def kind_of(name: str) -> str:
     if rest.startswith("score."):
         return "score"
     return "gate" if rest.startswith(("gate.", "log_amplitude")) else "map"
-
-
-def replaced_layers(model: nn.Module) -> dict[int, AttentionModule]:
-    """The replaced attention modules by layer index."""
-    return {m.layer_idx: m for _, m in attention_layers(model) if isinstance(m, ReplacedAttention)}
 
 
 def local_groups(model: nn.Module, rates: dict[str, float], decay: float) -> tuple[list[dict], list[str]]:
@@ -162,7 +157,7 @@ def transfer_stage(model: PreTrainedModel, config: Config) -> Stage:
     originals = conversion_of(model).originals
     last = max(layers)
     decoder = model.get_decoder()
-    whole_pass = any(isinstance(module, FSDPModule) for module in model.modules())  # shards must be put back
+    whole_pass = in_shards(model)  # what a layer has gathered it gives back at the end of its own forward
     # A layer with nothing new but a score (its projections frozen) has no use for a backward.
     learning = {
         index

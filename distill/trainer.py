@@ -15,10 +15,11 @@ from tqdm import tqdm
 from distill.checkpoint import Progress, load_stage, load_step, save_stage, save_step
 from distill.dev import Dev, DevRows
 from distill.sharding import clip_gradients, in_shards
-from distill.stages import LORA, NAMES, Stage, StepResult, replaced_layers
+from distill.stages import LORA, NAMES, Stage, StepResult
 from distill.watch import Watch
 from replace import ranks
 from replace.config import Config
+from replace.convert import mixers
 from replace.errors import UserError
 from replace.files import atomic_write
 from replace.interrupt import Hold, held
@@ -53,9 +54,9 @@ def learning_rate(step: int, steps: int, warmup: float) -> float:
 
 def counts(model: nn.Module) -> tuple[int, int]:
     """Clamped and non-finite memory updates so far, over all replaced layers."""
-    mixers = [layer.mixer for layer in replaced_layers(model).values()]
-    clamped = sum(int(getattr(mixer, "clamped", 0)) for mixer in mixers)
-    nonfinite = sum(int(getattr(mixer, "nonfinite", 0)) for mixer in mixers)
+    counting = mixers(model).values()
+    clamped = sum(int(getattr(mixer, "clamped", 0)) for mixer in counting)
+    nonfinite = sum(int(getattr(mixer, "nonfinite", 0)) for mixer in counting)
     return clamped, nonfinite
 
 

@@ -268,9 +268,14 @@ def uncounted(model: nn.Module) -> Iterator[None]:
             vars(mixer).update(counters)
 
 
+def replaced_layers(model: nn.Module) -> dict[int, AttentionModule]:
+    """The replaced attention modules by layer index."""
+    return {m.layer_idx: m for _, m in attention_layers(model) if isinstance(m, ReplacedAttention)}
+
+
 def mixers(model: nn.Module) -> dict[int, nn.Module]:
     """The mixers of the replaced layers by layer index."""
-    return {m.layer_idx: m.mixer for _, m in attention_layers(model) if isinstance(m, ReplacedAttention)}
+    return {index: layer.mixer for index, layer in replaced_layers(model).items()}
 
 
 class _Witness(nn.Module):

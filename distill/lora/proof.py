@@ -10,8 +10,7 @@ from transformers import PreTrainedModel
 
 from distill.lora.rows import IGNORED, Packed
 from distill.lora.stage import loss_of
-from distill.stages import replaced_layers
-from replace.convert import at_rest, mixers, probe_ids
+from replace.convert import at_rest, mixers, probe_ids, replaced_layers
 from replace.precision import autocast, dtype_of
 
 PROBE = 48

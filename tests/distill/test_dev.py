@@ -76,7 +76,7 @@ def stage_of(model, wanted=0.5, stop_at=None, seen=None):
 
 @pytest.fixture
 def config(monkeypatch):
-    monkeypatch.setattr("distill.trainer.replaced_layers", lambda model: {})
+    monkeypatch.setattr("distill.trainer.mixers", lambda model: {})
     config = Config(precision="fp32")
     config.stage.checkpoint_every, config.stage.validate_every, config.stage.warmup = 3, 2, 0.0
     return config

@@ -17,10 +17,9 @@ from distill.lora.stage import lora_stage
 from distill.lora.targets import targets_of
 from distill.lora.tune import tune
 from distill.lora.unsloth import adapted_by_unsloth
-from distill.stages import replaced_layers
 from replace import AttentionConfig, SwapSpec, export_model, swap
 from replace.config import Config, LoraConfig, StageBudget
-from replace.convert import probe_ids
+from replace.convert import probe_ids, replaced_layers
 from replace.errors import UserError
 from replace.logger import NoLogger
 from replace.tiny import tiny_model, tiny_tokenizer

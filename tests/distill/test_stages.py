@@ -7,9 +7,16 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from distill.data import Batch
-from distill.stages import kind_of, language_stage, local_groups, replaced_layers, transfer_stage
+from distill.stages import kind_of, language_stage, local_groups, transfer_stage
 from replace.config import AttentionConfig, Config
-from replace.convert import SwapSpec, attention_layers, conversion_of, swap, teacher_attention
+from replace.convert import (
+    SwapSpec,
+    attention_layers,
+    conversion_of,
+    replaced_layers,
+    swap,
+    teacher_attention,
+)
 from replace.errors import UserError
 
 

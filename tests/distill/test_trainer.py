@@ -62,7 +62,7 @@ def stage_of(model, poison=(), stop_at=None):
 
 @pytest.fixture
 def config(monkeypatch):
-    monkeypatch.setattr("distill.trainer.replaced_layers", lambda model: {})
+    monkeypatch.setattr("distill.trainer.mixers", lambda model: {})
     config = Config(precision="fp32")
     config.stage.checkpoint_every = 2
     return config
