@@ -26,8 +26,6 @@ logger = logging.getLogger(__name__)
 
 KEEP = 2
 """Checkpoints kept inside a stage: the newest and, should it be damaged, the one before."""
-
-
 STATE, ABOUT = "state.safetensors", "about.json"
 
 

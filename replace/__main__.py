@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from replace.files import expanded
 from replace.interrupt import Stopped, code_of, end_quietly, stoppable
-from replace.launch import Lost, alone_with, hush, rank, start_others, world
+from replace.launch import Lost, become_torchrun, hush, is_own, rank, world
 
 if __name__ == "__main__":
     end_quietly()  # the imports below take a second
@@ -106,12 +106,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     grow_segments()
     try:
-        start_others("replace")
+        become_torchrun("replace")
         return _run(arguments)
     except (UserError, HydraException, OmegaConfBaseException, OSError) as error:
         if _is_verbose(arguments):
             traceback.print_exc()
-        if rank() and not alone_with(error):
+        if rank() and not is_own(error):
             return 2
         for one in error.errors if isinstance(error, JobErrors) else [error]:
             sentence = _sentence(one, arguments)

@@ -88,7 +88,7 @@ def describe(config: Config, plan_for: PlanFor) -> str:
 
 
 def refuse_too_large(config: Config) -> None:
-    """Refuse what will not fit into a device, before anything is paid for.
+    """Refuse, in a dry run, what will not fit into a device; no run itself is held back by an estimate.
 
     Raises:
         UserError: it will not.
@@ -98,12 +98,12 @@ def refuse_too_large(config: Config) -> None:
     if needed <= there:
         return
     running = [stage for stage in config.stages if getattr(config.budget, f"stage{stage}").tokens]
-    name = f"budget.stage{max(running, default=1)}.batch"
-    batch = getattr(config.budget, f"stage{max(running, default=1)}").batch
+    last = f"stage{max(running, default=1)}"  # a later stage trains more
+    batch = getattr(config.budget, last).batch
     remedies = "fewer rows (with stage.accumulate), stage.gradient_checkpointing=true, stages without 3"
     remedies += "" if _shards(config) else ", or FSDP2 (devices.sharding=fsdp2)"
     raise bad_value(
-        name,
+        f"budget.{last}.batch",
         batch,
         f"what fits into the {there / GIB:.1f} GiB of a device, of which about {needed / GIB:.1f} would be "
         f"needed; what helps: {remedies}",
@@ -263,6 +263,7 @@ def memory_of_device(config: Config) -> int:
 
 
 def _shards(config: Config) -> bool:
+    """Whether the devices that are planned for shard the model."""
     return config.devices.sharding == "fsdp2" or (not config.devices.processes and asked_for() == "FSDP")
 
 
@@ -278,7 +279,7 @@ def disk_bytes(config: Config, facts: ModelFacts, plan: Plan) -> int:
 
 def measure_peak(seconds: float = 0.3) -> float:
     """Operations a second of the fastest of some fp32 matrix products, on the device that a run would use."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_of_choice()
     matrix = torch.randn(PROBE, PROBE, device=device)
     (matrix @ matrix).sum().item()  # the first one pays for start-up
     best, end = float("inf"), time.perf_counter() + seconds
@@ -311,11 +312,10 @@ def _which(config: Config, facts: ModelFacts) -> str:
 
 
 def _budgets(config: Config) -> list[StageBudget]:
-    every = (config.budget.stage1, config.budget.stage2, config.budget.stage3)
-    tuning = [config.budget.lora] if config.lora.kind != "none" and config.budget.lora.tokens else []
-    return [
-        budget for stage, budget in enumerate(every, 1) if stage in config.stages and budget.tokens
-    ] + tuning
+    """Of all that is trained, the adapters too."""
+    budgets = [getattr(config.budget, f"stage{stage}") for stage in config.stages]
+    budgets += [config.budget.lora] if config.lora.kind != "none" else []
+    return [budget for budget in budgets if budget.tokens]
 
 
 def _whole_steps(budget: StageBudget, accumulate: int) -> int:

@@ -14,7 +14,7 @@ from replace.errors import UserError, bad_value
 
 INSTEAD = "`ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 -m replace ...`"
 GRACE = 5.0
-"""Seconds that rank 0 has to fail as well, and so to end this process, before this one says what it met."""
+"""Seconds that rank 0 has to meet an error as well, before another says it."""
 
 
 class Lost(UserError):
@@ -54,27 +54,33 @@ def hush() -> None:
         os.environ["TQDM_DISABLE"] = "1"
 
 
-def alone_with(error: Exception) -> bool:
-    """Whether an error is this rank's own, so that no other says it; what all meet rank 0 says."""
+def is_own(error: Exception) -> bool:
+    """Whether an error is this rank's own, so that it has to say it; what all meet rank 0 says.
+
+    Where rank 0 meets it too, the launcher ends this process while it waits here.
+    """
     if isinstance(error, Lost):
         return False
     time.sleep(GRACE)
     return True
 
 
-def start_others(module: str) -> None:
-    """Become torchrun, where accelerate was asked for several processes on CPUs and has started one.
+def become_torchrun(module: str) -> None:
+    """Where accelerate was asked for several processes on CPUs and has started one, start them all.
 
     Does nothing elsewhere.
 
     Raises:
-        UserError: how many were asked for cannot be known.
+        UserError: how many were asked for cannot be known, or they are of several machines.
     """
-    alone = "MASTER_PORT" in os.environ and asks_for_cpu() and "LOCAL_RANK" not in os.environ
-    if not alone or any(name.startswith(("PMI_", "OMPI_", "MV2_", "MPI_")) for name in os.environ):
+    single = "MASTER_PORT" in os.environ and asks_for_cpu() and "LOCAL_RANK" not in os.environ
+    if not single or any(name.startswith(("PMI_", "OMPI_", "MV2_", "MPI_")) for name in os.environ):
         return
     count, machines = _asked_of_accelerate()
-    if count is None or machines > 1:
+    if count is None:
+        allowed = f"a number after `accelerate launch --cpu`; {INSTEAD} does without accelerate's launcher"
+        raise bad_value("num_processes", count, allowed)
+    if machines > 1:
         allowed = f"1 machine when accelerate starts processes on CPUs; {INSTEAD} does without it"
         raise bad_value("num_machines", machines, allowed)
     if count == 1:

@@ -20,6 +20,7 @@ from eval.metrics import read_metrics, without_times
 from replace.__main__ import main
 from replace.compose import CONF, LAUNCHES
 from replace.errors import UserError
+from replace.launch import become_torchrun
 from replace.ranks import Team, check_type, split
 
 WORDS = ("the", "old", "house", "stood", "near", "a", "river", "nobody", "knew", "who", "lived", "there")
@@ -191,6 +192,15 @@ def test_what_accelerate_makes_is_what_was_asked_for(monkeypatch, asked, made, v
         check_type(asked, made, 2, version)
     with pytest.raises(UserError, match="num_processes=1"):
         check_type(None, "MULTI_GPU", 1)
+
+
+def test_a_number_of_processes_that_accelerate_was_not_given_is_asked_for(monkeypatch):
+    """Its default on a machine with GPUs is their number, which `--cpu` does not change."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for name, value in (("MASTER_PORT", "29500"), ("ACCELERATE_USE_CPU", "true")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"^num_processes=None is not possible; allowed: a number after"):
+        become_torchrun("replace")
 
 
 def of_two(monkeypatch, number=0):
