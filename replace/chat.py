@@ -271,6 +271,7 @@ class _Stop:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
+        """Within the block Ctrl-C ends an answer or a line, not the program."""
         before = signal.signal(signal.SIGINT, self._press)
         try:
             yield
@@ -354,6 +355,7 @@ def chat(conversation: Conversation, stop: _Stop) -> None:
 
 
 def _say(conversation: Conversation, line: str, stop: _Stop) -> None:
+    """Answer a line on the screen; what is refused stands there too, in brackets."""
     stream = _Stream(conversation.writing.tokenizer, skip_special_tokens=True)  # type: ignore[arg-type]
     said = ""
     try:

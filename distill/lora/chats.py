@@ -97,6 +97,7 @@ def messages_of(row: Any) -> list[Message]:
 
 
 def _turns(row: dict[str, Any], key: str, who: str, what: str, roles: dict[str, str]) -> list[Message]:
+    """The messages of the list `row[key]`, whose turns have keys for who speaks and for what is said."""
     if not isinstance(row[key], list):
         raise ValueError(f"{key} is no list")
     return [_message(turn, who, what, roles) for turn in row[key]]

@@ -66,8 +66,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, chat: list[Message]) -> Encoded:
 
     A turn is found by rendering the conversation up to it. Where the template renders an earlier turn in
     another way once there are later ones (some drop its reasoning), or refuses what is before it, that turn
-    is not learnt; nor is one that is the first and answers nobody. Where a token
-    would begin before a turn and end in it, turns are tokenised apart, as a prompt is when it is answered.
+    is not learnt; nor is one that is the first and answers nobody. Where a token would begin before a turn
+    and end in it, turns are tokenised apart, as a prompt is when it is answered.
 
     Raises:
         UserError: the template refuses the conversation, or no turn can be found in what it makes.
