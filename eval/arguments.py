@@ -7,7 +7,7 @@ from replace.compose import choices, compose, overridden
 from replace.config import Config, DataConfig, EvalConfig, ModelConfig
 from replace.errors import bad_value
 from replace.files import expanded
-from replace.validation import BASES, check_eval_budget
+from replace.validation import BASES, check_eval, check_eval_budget
 
 WHAT = ("run", "model", "compare")
 KEYS = (*WHAT, "out", "eval", "data", "budget", "cache", "trust_remote_code", "verbose")
@@ -96,6 +96,7 @@ def configure(config: Config, options: dict[str, str]) -> bool:
             raise bad_value(
                 "eval.base", config.eval.base, f"one of {', '.join(BASES)}, or several joined by +"
             )
+    check_eval(config.eval, config.attention)
     check_eval_budget(config)
     return same_text
 

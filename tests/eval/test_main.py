@@ -441,6 +441,8 @@ def test_any_model_is_measured_in_the_same_schema(tmp_path, capsys):
         (["model=tiny", "eval.bas=quick"], ["eval.bas='quick'", "did you mean base?"]),
         (["model=tiny", "eval.base=all"], ["eval.base='all'", "quick"]),
         (["model=tiny", "eval.more=[nothing]"], ["eval.more='nothing'"]),
+        (["model=tiny", "eval=niah", "eval.niah_depths=[0,120]"], ["eval.niah_depths=120", "to 100"]),
+        (["model=tiny", "eval=niah", "eval.niah_lengths=[20]"], ["eval.niah_lengths=20", "at least"]),
         (["model=tiny", "budget.eval.episodes=0"], ["budget.eval.episodes=0", "at least 1"]),
         (["model=tiny", "budget.eval.episodes=many"], ["budget.eval.episodes='many'", "a whole number"]),
         (["model=tiny", "budget.stage1.tokens=1"], ["budget.stage1.tokens='1'", "budget.eval.<key>"]),
