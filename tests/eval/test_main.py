@@ -50,7 +50,8 @@ def finished(tmp_path_factory):
     write_texts(folder / "texts")
     write_texts(folder / "other", seed=1)
     options = ["+exp=infini", "budget=smoke", "model=tiny", "layers=all", "stages=[1]", "data=files"]
-    options += [f"data.path={folder / 'texts'}", "budget.stage1.tokens=512", "attention.window=128"]
+    options += [f"data.path={folder / 'texts'}", "budget.stage1.tokens=512", "budget.stage1.batch=1"]
+    options += ["attention.window=128"]
     pipeline.run(compose(options), folder / "run")
     return folder
 
