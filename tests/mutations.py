@@ -268,8 +268,8 @@ MISTAKES = [
         [
             (
                 MIXER,
-                "k, v = torch.where(bad.unsqueeze(-1), zero, k), ",
-                "k, v = k * ~bad.unsqueeze(-1), ",
+                "k, v = torch.where(where, zero, k), ",
+                "k, v = k * ~where, ",
             )
         ],
         (PROPERTIES, "test_2_later_blocks and infini-token"),
