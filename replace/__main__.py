@@ -274,7 +274,6 @@ def _continued(folder: Path) -> str:
 
 
 def _validate(config: Config) -> None:
-    from replace.ranks import check_ranks
     from replace.validation import check_lora
 
     check_lora(config)
@@ -286,6 +285,8 @@ def _validate(config: Config) -> None:
     from replace.validation import validate
 
     validate(config)
+    from replace.ranks import check_ranks  # only now: most mistakes are found before torch is imported
+
     check_ranks(config)
     check(config)  # here, because replace knows nothing of eval
 
