@@ -19,7 +19,6 @@ from tqdm import tqdm
 from eval.intervals import clopper_pearson
 from eval.side_by_side import side_by_side
 from eval.stored import kept
-from eval.stream import device_of
 from replace.episodes import Episode
 
 
@@ -136,7 +135,7 @@ def recall_grid(
     drawn = [episodes_of(cell, make, episodes, seed) for cell in cells]
     done = []
     with tqdm(total=len(cells) * episodes, desc=label, unit="episode", leave=False) as bar:
-        found = side_by_side(partial(recall, model, batch=batch), drawn, device_of(model))
+        found = side_by_side(partial(recall, model, batch=batch), drawn, model)
         for cell, figures in zip(cells, found, strict=True):
             bar.set_postfix_str(f"{cell.length} tokens, {cell.haystack}, depth {cell.depth:g}", refresh=False)
             bar.update(episodes)

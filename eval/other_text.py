@@ -31,7 +31,6 @@ from eval.ablation import is_replaced
 from eval.niah import Cell, MakeEpisode, episodes_of, means, rate, recall
 from eval.perplexity import tokenise
 from eval.side_by_side import side_by_side
-from eval.stream import device_of
 from replace.episodes import Episode
 
 EXCHANGED = ("memory_", "pair_")
@@ -142,7 +141,7 @@ def recall_with_other_state(
         def measured(items: tuple[Cell, list[Episode]]) -> dict:
             return _recall(model, items[1], other, batch)
 
-        for (cell, _), figures in zip(fair, side_by_side(measured, fair, device_of(model)), strict=True):
+        for (cell, _), figures in zip(fair, side_by_side(measured, fair, model), strict=True):
             done.append({**asdict(cell), **figures})
             bar.update(episodes)
     return {"cells": done, "means": means(done)}

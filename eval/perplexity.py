@@ -81,7 +81,7 @@ def perplexity(
         return token_losses(model, rows).cpu().numpy()
 
     with torch.inference_mode():
-        found = side_by_side(losses_of, groups, device)
+        found = side_by_side(losses_of, groups, model)
         for group, losses in zip(tqdm(groups, desc=label, unit="window", leave=False), found, strict=True):
             for (start, stop, first), values in zip(group, losses, strict=True):
                 nll[first:stop] = values[first - start - 1 :]

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
+from torch import nn
 
 Given = TypeVar("Given")
 Made = TypeVar("Made")
@@ -20,16 +21,18 @@ MOST = 4
 
 
 def side_by_side(
-    function: Callable[[Given], Made], items: Sequence[Given], device: torch.device
+    function: Callable[[Given], Made], items: Sequence[Given], model: nn.Module
 ) -> Iterator[Made]:
     """`function` of each item, in their order; it must not draw random numbers or change the model.
+
+    Where a forward of `model` changes it all the same (`_follows_length`), one runs after the other.
 
     The threads see what is switched on where this is called: autocast, and the store of `eval.stored`. Within
     one of them all runs one after the other, as it does on an accelerator or with a single core.
     """
     cores = torch.get_num_threads()
     workers = min(cores, len(items), MOST)
-    if device.type != "cpu" or workers < 2:
+    if workers < 2 or next(model.parameters()).device.type != "cpu" or _follows_length(model):
         yield from map(function, items)
         return
     own, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
@@ -47,3 +50,15 @@ def side_by_side(
     finally:
         pool.shutdown(cancel_futures=True)  # waits for what has begun
         torch.set_num_threads(cores)  # it also says with how many a later thread begins
+
+
+def _follows_length(model: nn.Module) -> bool:
+    """Whether the rotary tables are set anew for the length of each text, as transformers does by type.
+
+    Beside each other a long and a short text would take these tables from one another.
+    """
+    kinds: list[str] = []
+    for module in model.modules():
+        kind = getattr(module, "rope_type", "")
+        kinds += kind.values() if isinstance(kind, dict) else [kind]  # by layer type in some families
+    return any("dynamic" in kind or kind == "longrope" for kind in kinds)

@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from eval.niah import Cell, recall_grid
 from eval.perplexity import perplexity
@@ -14,7 +15,8 @@ from replace.convert import SwapSpec, swap
 from replace.episodes import haystack, make_episode
 from replace.tiny import tiny_model
 
-CPU = torch.device("cpu")
+ANY = torch.nn.Linear(1, 1)
+"""A model on a CPU whose forward changes nothing in it."""
 
 
 @pytest.fixture(autouse=True)
@@ -33,16 +35,16 @@ def test_results_are_in_order_and_two_run_at_once():
         time.sleep(0.05 if item == 0 else 0)
         return item, torch.get_num_threads(), torch.is_inference_mode_enabled()
 
-    assert list(side_by_side(slow_first, range(4), CPU)) == [(item, 1, True) for item in range(4)]
+    assert list(side_by_side(slow_first, range(4), ANY)) == [(item, 1, True) for item in range(4)]
     assert torch.get_num_threads() == 2
 
 
 def test_what_is_switched_on_is_seen_within():
     product = torch.ones(2, 2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = list(side_by_side(lambda x: (x @ x).dtype, [product] * 2, CPU))
+        inside = list(side_by_side(lambda x: (x @ x).dtype, [product] * 2, ANY))
     assert inside == [torch.bfloat16] * 2
-    assert list(side_by_side(lambda x: (x @ x).dtype, [product] * 2, CPU)) == [torch.float32] * 2
+    assert list(side_by_side(lambda x: (x @ x).dtype, [product] * 2, ANY)) == [torch.float32] * 2
 
 
 def test_an_error_ends_it_and_what_has_not_begun_never_does():
@@ -54,7 +56,7 @@ def test_an_error_ends_it_and_what_has_not_begun_never_does():
         raise ValueError(item)
 
     with pytest.raises(ValueError, match="0"):
-        list(side_by_side(fail, range(50), CPU))
+        list(side_by_side(fail, range(50), ANY))
     assert len(begun) < 10
     assert torch.get_num_threads() == 2
 
@@ -62,7 +64,18 @@ def test_an_error_ends_it_and_what_has_not_begun_never_does():
 @pytest.mark.parametrize(("threads", "items"), [(1, 3), (2, 1)])
 def test_a_single_core_or_item_needs_no_threads(threads, items):
     torch.set_num_threads(threads)
-    names = side_by_side(lambda _: threading.current_thread().name, range(items), CPU)
+    names = side_by_side(lambda _: threading.current_thread().name, range(items), ANY)
+    assert set(names) == {threading.main_thread().name}
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_a_model_whose_rotary_tables_follow_the_length_reads_one_text_after_the_other(kind):
+    """They are set anew in each forward, and a shorter text beside it would set them back."""
+    config = tiny_model("llama").config
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "original_max_position_embeddings": 64}
+    config.rope_parameters = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, **factors}
+    model = LlamaForCausalLM(config).eval()
+    names = side_by_side(lambda _: threading.current_thread().name, range(3), model)
     assert set(names) == {threading.main_thread().name}
 
 
