@@ -40,15 +40,16 @@ def transfer_loss(kind: str, student: Tensor, teacher: Tensor, real: Tensor | No
     s, t = student.float(), teacher.float()
     if real is not None:
         s, t = s[real], t[real]
-    own = ranks.share(t)
+    # Sums, since the mean over a rank's rows is NaN where all of them are pads.
+    count = ranks.total(torch.tensor(t.numel(), device=t.device)).clamp_min(1)
     if kind == "mse":
-        raw = own * F.mse_loss(s, t)
+        raw = F.mse_loss(s, t, reduction="sum") / count
     elif kind == "huber":
         deviation = ranks.variance(t).sqrt().clamp_min(1e-6)
-        loss = own * F.huber_loss(s / deviation, t / deviation)
+        loss = F.huber_loss(s / deviation, t / deviation, reduction="sum") / count
         return loss, loss.detach() * deviation.square()
     elif kind == "cosine":
-        raw = own * (1 - F.cosine_similarity(s, t, dim=-1).mean())
+        raw = (1 - F.cosine_similarity(s, t, dim=-1)).sum() * t.shape[-1] / count
         return raw, raw.detach()
     else:
         raise bad_value("stage.transfer_loss", kind, ["mse", "huber", "cosine"])

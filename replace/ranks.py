@@ -197,7 +197,7 @@ def teamed(batch: int, accumulate: int) -> Iterator[Team]:
     teams, size = split(batch, accumulate, world())
     group = None
     if size > 1:
-        group, _ = dist.new_subgroups(size) if teams > 1 else (dist.group.WORLD, None)
+        group, _ = dist.new_subgroups(size, timeout=WAIT) if teams > 1 else (dist.group.WORLD, None)
     token = _team.set(Team(teams, rank() // size, rank() % size, size, group))
     try:
         yield _team.get()
@@ -226,14 +226,6 @@ def total(value: Tensor) -> Tensor:
     with or_lost():
         dist.all_reduce(value, group=group)
     return value
-
-
-def share(value: Tensor) -> float:
-    """The share of this rank's elements in those of its team."""
-    if _team.get().group is None:
-        return 1.0
-    own = torch.tensor(float(value.numel()), dtype=_exact(value.device), device=value.device)
-    return value.numel() / float(total(own))
 
 
 def variance(value: Tensor) -> Tensor:

@@ -1,10 +1,15 @@
 """The losses against their plain definitions."""
 
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch.nn import functional as F
 
 from distill.objective import QUERIES, language_loss, score_loss, transfer_loss, weights_loss
+from replace import ranks
 from replace.errors import UserError
 from replace.observe import Attending
 
@@ -140,3 +145,39 @@ def test_the_chunked_loss_of_weights_is_the_quadratic_one(length, padded, more):
     assert got.item() == pytest.approx(want.item(), rel=1e-10)
     for mine, wanted in zip(torch.autograd.grad(got, leaves), gradients, strict=True):
         torch.testing.assert_close(mine, wanted, rtol=1e-9, atol=1e-12)
+
+
+def by_two_ranks(loss, rows, shares):
+    """The figures of `loss` of `rows[share]`, one rank a share; the ranks are threads, joined by gloo."""
+    store = dist.HashStore()
+
+    def of(index):
+        group = dist.ProcessGroupGloo(store, index, 2, timedelta(seconds=30))
+        token = ranks._team.set(ranks.Team(size=2, place=index, group=group))
+        try:
+            return loss(*(row[shares[index]] for row in rows))
+        finally:
+            ranks._team.reset(token)
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(of, range(2)))
+
+
+@pytest.mark.parametrize("pads", [0, 1, 2])
+@pytest.mark.parametrize("kind", ["mse", "huber", "cosine"])
+def test_shares_of_a_transfer_loss_add_up_also_where_a_rank_has_pads_only(kind, pads):
+    torch.manual_seed(0)
+    rows = torch.randn(4, 6, 8), 3 * torch.randn(4, 6, 8) + 5, torch.rand(4, 6) < 0.7
+    rows[2][4 - pads :] = False
+
+    def loss(student, target, real):
+        student = student.clone().requires_grad_(True)
+        found, raw = transfer_loss(kind, student, target, real)
+        found.backward()
+        return found.detach(), raw, student.grad
+
+    whole = loss(*rows)
+    found, raw, gradient = zip(*by_two_ranks(loss, rows, [slice(0, 2), slice(2, 4)]), strict=True)
+    torch.testing.assert_close(sum(found), whole[0])
+    torch.testing.assert_close(sum(raw), whole[1])
+    torch.testing.assert_close(torch.cat(gradient), whole[2])
