@@ -78,8 +78,8 @@ def tune(
     before = held_out()
     targets = targets_of(model, config.lora.targets)
     kept = quantise(model, config.precision) if config.lora.qlora else {}
+    wrapped, choice = _adapted(model, tokenizer, config, targets)
     with cast_once(model, config.precision):
-        wrapped, choice = _adapted(model, tokenizer, config, targets)
         training = train(model, lora_stage(model, config), data.rows, config, run_dir, log)
     if ranks.is_main():
         by_peft.save(wrapped, run_dir / "adapter", adapter_card(config, choice))

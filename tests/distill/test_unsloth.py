@@ -40,6 +40,10 @@ def test_unsloth_made_the_adapters_and_bypassed_nothing(found):
     assert found["reloaded"] < 1e-4
 
 
+def test_the_default_model_is_proven_in_half_precision(found):
+    assert found["default_model"]["backend"] == "unsloth", found["default_model"]["why"]
+
+
 def test_each_step_has_the_loss_that_peft_has(found):
     assert len(found["unsloth"]) == len(found["peft"]) == 8
     assert max(abs(a - b) for a, b in zip(found["unsloth"], found["peft"], strict=True)) < 1e-3

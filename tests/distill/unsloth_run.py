@@ -23,9 +23,10 @@ from distill.lora.stage import loss_of
 from distill.lora.targets import targets_of
 from distill.lora.unsloth import adapted_by_unsloth
 from replace import AttentionConfig, SwapSpec, export_model, swap
-from replace.config import Config, LoraConfig, StageBudget
+from replace.config import Config, LoraConfig, ModelConfig, StageBudget
 from replace.convert import mixers, probe_ids
 from replace.errors import UserError
+from replace.loading import load_model
 from replace.logger import NoLogger
 from replace.tiny import tiny_model, tiny_tokenizer
 
@@ -114,6 +115,16 @@ def own_loss(folder: Path) -> dict:
     return found | {"theirs": float(said.loss), "chunked": said.logits is None}
 
 
+def default_model(folder: Path) -> dict:
+    """One step on the default model, every layer replaced, in bf16: deep enough for its rounding to show."""
+    loaded, config = load_model(ModelConfig()), config_for(folder, "unsloth")
+    swap(loaded.model, SwapSpec(dict.fromkeys(range(30), AttentionConfig())))
+    config.precision, config.lora.rank, config.lora.template = "bf16", LoraConfig().rank, None
+    config.budget.lora = StageBudget(tokens=128, batch=1, length=128)
+    result = tune_module.tune(loaded.model, loaded.tokenizer, config, folder, [], NoLogger())
+    return {key: result["tuning"][key] for key in ("backend", "why")}
+
+
 def four_bit(folder: Path) -> dict:
     """QLoRA, and the export read in 4 bit; empty where bitsandbytes does not run."""
     try:
@@ -158,6 +169,7 @@ def main(folder: Path) -> None:
         "reloaded": difference(logits(again), logits(model)),
         "own_loss": own_loss(folder / "own"),
         "four_bit": four_bit(folder / "four"),
+        "default_model": default_model(folder / "default"),
     }
     (folder / "found.json").write_text(json.dumps(found, indent=1))
 
