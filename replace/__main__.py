@@ -15,6 +15,7 @@ from itertools import product
 from pathlib import Path
 from typing import NoReturn
 
+from replace import launch
 from replace.files import expanded
 from replace.interrupt import Stopped, code_of, end_quietly, stoppable
 from replace.launch import Lost, become_torchrun, hush, is_own, rank, world
@@ -106,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     grow_segments()
     try:
+        launch.check()
         become_torchrun("replace")
         return _run(arguments)
     except (UserError, HydraException, OmegaConfBaseException, OSError) as error:

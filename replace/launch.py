@@ -23,12 +23,34 @@ class Lost(UserError):
 
 def world() -> int:
     """Processes of this run."""
-    return int(os.environ.get("WORLD_SIZE") or 1) if "LOCAL_RANK" in os.environ else 1
+    return _number("WORLD_SIZE", 1) if "LOCAL_RANK" in os.environ else 1
 
 
 def rank() -> int:
     """The number of this process among them."""
-    return int(os.environ.get("RANK") or 0) if world() > 1 else 0
+    return _number("RANK", 0) if world() > 1 else 0
+
+
+def check() -> None:
+    """Refuse an environment that no launcher makes; until then `world` and `rank` take it for one process.
+
+    Raises:
+        UserError: a number is none, or too large.
+    """
+    if "LOCAL_RANK" not in os.environ:
+        return
+    for name, least in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)):
+        value = os.environ.get(name) or str(least)
+        if not value.isdecimal() or int(value) < least:
+            allowed = f"a whole number from {least} on, as a launcher sets it beside LOCAL_RANK"
+            raise bad_value(name, value, allowed)
+    if rank() >= world():
+        raise bad_value("RANK", os.environ["RANK"], f"less than WORLD_SIZE={world()}")
+
+
+def _number(name: str, otherwise: int) -> int:
+    value = os.environ.get(name, "")
+    return int(value) if value.isdecimal() else otherwise
 
 
 def asks_for_cpu() -> bool:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from replace.config import Config, DevicesConfig
-from replace.errors import bad_value
+from replace.errors import UserError, bad_value
 from replace.launch import Lost, asked_for, asks_for_cpu, rank, world
 from replace.machine import device_of_choice
 from replace.precision import dtype_of
@@ -43,6 +43,25 @@ SHARDINGS = ("none", "fsdp2")
 """What a dry run can plan for."""
 TYPES = ("MULTI_GPU", "MULTI_CPU", "FSDP")
 """Of accelerate's distributed types, those that a run takes."""
+SETTINGS = {
+    "ACCELERATE_MIXED_PRECISION": ("mixed_precision", "no", "precision= of the run says it"),
+    "ACCELERATE_DYNAMO_BACKEND": ("dynamo_backend", "no", "a run compiles nothing"),
+}
+"""Of accelerate's config, what a run would pass over in silence: name there, what it has to be, and why."""
+FSDP_SETTINGS = {
+    "FSDP_OFFLOAD_PARAMS": ("fsdp_offload_params", "false", "a run keeps its shards on the devices"),
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": (
+        "fsdp_cpu_ram_efficient_loading",
+        "false",
+        "each rank loads the weights",
+    ),
+    "FSDP_ACTIVATION_CHECKPOINTING": (
+        "fsdp_activation_checkpointing",
+        "false",
+        "stage.gradient_checkpointing of the run says it",
+    ),
+}
+"""The same of its fsdp_config."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +111,7 @@ def joined() -> Iterator[None]:
     """Within the block the processes of a launch are connected.
 
     Raises:
-        UserError: accelerate makes something else of them than was asked for.
+        UserError: they cannot be, or accelerate makes something else of them than was asked for.
     """
     global _sharded
     if world() == 1:
@@ -101,9 +120,11 @@ def joined() -> Iterator[None]:
     from accelerate import Accelerator, InitProcessGroupKwargs  # only here: it takes seconds
 
     on_cpu = asks_for_cpu() or not torch.cuda.is_available()
-    made = Accelerator(
-        cpu=on_cpu, mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)]
-    )
+    handlers = [InitProcessGroupKwargs(timeout=WAIT)]
+    try:
+        made = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=handlers)
+    except (ValueError, RuntimeError) as error:  # no address, none that answers, no such device
+        raise UserError(f"The {world()} processes cannot be joined: {_first_line(error)}.") from error
     try:
         plugin = made.state.fsdp_plugin if made.distributed_type.value == "FSDP" else None
         version = None if plugin is None else plugin.fsdp_version
@@ -137,11 +158,27 @@ def check_type(asked: str | None, made: str, processes: int, version: int | None
         raise bad_value("fsdp_version", version, "2")
 
 
+def check_asked() -> None:
+    """Refuse what accelerate's launcher was asked for and a run would not do.
+
+    Raises:
+        UserError: there is such a thing.
+    """
+    asked = asked_for()
+    if asked not in (None, *TYPES):
+        raise bad_value("distributed_type", asked, TYPES)
+    settings = SETTINGS | (FSDP_SETTINGS if asked == "FSDP" else {})
+    for variable, (name, allowed, why) in settings.items():
+        value = os.environ.get(variable) or allowed
+        if value.lower() != allowed:
+            raise bad_value(name, value, f"{allowed}, since {why}")
+
+
 def check_ranks(config: Config) -> None:
     """Refuse a run whose rows cannot be dealt to its processes.
 
     Raises:
-        UserError: a step's rows do not divide, or a phase cannot be shared.
+        UserError: a step's rows do not divide, a phase cannot be shared, or the launcher was asked for more.
     """
     devices = config.devices
     if devices.processes < 0:
@@ -155,6 +192,8 @@ def check_ranks(config: Config) -> None:
         if value != default and not config.dry_run:
             allowed = f"{default} without dry_run=true: a run takes what its launcher gives it"
             raise bad_value(f"devices.{name}", value, allowed)
+    if world() > 1:
+        check_asked()
     many = processes(config)
     if many == 1:
         return

@@ -20,8 +20,8 @@ from eval.metrics import read_metrics, without_times
 from replace.__main__ import main
 from replace.compose import CONF, LAUNCHES
 from replace.errors import UserError
-from replace.launch import become_torchrun
-from replace.ranks import Team, check_type, split
+from replace.launch import become_torchrun, hush
+from replace.ranks import Team, check_asked, check_type, split
 
 WORDS = ("the", "old", "house", "stood", "near", "a", "river", "nobody", "knew", "who", "lived", "there")
 CLOSE = 1e-5
@@ -229,6 +229,87 @@ def test_rows_that_do_not_divide_are_refused_before_anything_is_loaded(
     assert len(said) == 1
     assert word in said[0]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"WORLD_SIZE": "many"}, "WORLD_SIZE='many' is not possible; allowed: a whole number from 1 on"),
+        ({"WORLD_SIZE": "-2"}, "WORLD_SIZE='-2'"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0'"),
+        ({"WORLD_SIZE": "2.0"}, "WORLD_SIZE='2.0'"),
+        ({"RANK": "first"}, "RANK='first' is not possible; allowed: a whole number from 0 on"),
+        ({"RANK": "2"}, "RANK='2' is not possible; allowed: less than WORLD_SIZE=2"),
+        ({"LOCAL_RANK": "gpu"}, "LOCAL_RANK='gpu'"),
+    ],
+)
+def test_an_environment_that_no_launcher_makes_is_refused(monkeypatch, capsys, tmp_path, environment, words):
+    of_two(monkeypatch)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    hush()
+    assert main(["+exp=infini", "model=tiny"]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1
+    assert words in said[0]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "mixed_precision='bf16' is not possible; allowed: no"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "dynamo_backend='INDUCTOR'"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "distributed_type='DEEPSPEED'"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params='true'"),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"},
+            "fsdp_cpu_ram_efficient_loading='true' is not possible; allowed: false, since",
+        ),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_ACTIVATION_CHECKPOINTING": "true"},
+            "fsdp_activation_checkpointing='true' is not possible; allowed: false, since "
+            "stage.gradient_checkpointing",
+        ),
+    ],
+)
+def test_what_a_launcher_was_asked_for_and_a_run_would_not_do_is_refused(
+    monkeypatch, capsys, tmp_path, environment, words
+):
+    of_two(monkeypatch)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    assert main(["+exp=infini", "model=tiny", "budget=smoke"]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1
+    assert words in said[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_processes_that_cannot_meet_are_refused(monkeypatch, capsys, tmp_path):
+    of_two(monkeypatch)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.chdir(tmp_path)
+    assert main(["+exp=infini", "model=tiny", "budget=smoke"]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1
+    assert said[0].startswith("error: The 2 processes cannot be joined: ")
+    assert "MASTER_ADDR" in said[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_the_sample_configs_ask_for_is_not_refused(monkeypatch):
+    of_two(monkeypatch)
+    settings = yaml.safe_load((CONF / LAUNCHES / "fsdp2.yaml").read_text())
+    for name, value in settings["fsdp_config"].items():
+        monkeypatch.setenv(name.upper(), str(value).lower())
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", settings["mixed_precision"])
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")  # as accelerate's launcher sets it
+    check_asked()
 
 
 @pytest.mark.parametrize(
