@@ -20,6 +20,7 @@ from typing import Any
 
 from replace.files import expanded
 from replace.interrupt import code_of, end_quietly, stoppable
+from replace.launch import refuse_several
 
 if __name__ == "__main__":
     end_quietly()  # the imports below take seconds
@@ -91,6 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (sys.stdout if given else sys.stderr).write(USAGE.format(sets=" ".join(choices("eval"))))
         return 0 if given else 2
     try:
+        refuse_several("eval")
         options = parse(given)
         _log(options)
         store = Store(read=options.get("cache") != "false")

@@ -19,6 +19,7 @@ from typing import Any
 
 from replace.files import expanded
 from replace.interrupt import CODE, end_quietly
+from replace.launch import refuse_several
 
 if __name__ == "__main__":
     end_quietly()  # the imports below take seconds
@@ -305,6 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (sys.stdout if given else sys.stderr).write(USAGE)
         return 0 if given else 2
     try:
+        refuse_several("replace.chat")
         options = parse(given)
         sampling = sampling_of(options)
         for noisy in ("transformers", "replace"):

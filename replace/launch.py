@@ -48,6 +48,17 @@ def check() -> None:
         raise bad_value("RANK", os.environ["RANK"], f"less than WORLD_SIZE={world()}")
 
 
+def refuse_several(module: str) -> None:
+    """Refuse to be one of several processes, where each would do and write the same.
+
+    Raises:
+        UserError: it is one.
+    """
+    check()
+    if world() > 1:
+        raise bad_value("num_processes", world(), f"1, since `python -m {module}` is one process")
+
+
 def _number(name: str, otherwise: int) -> int:
     value = os.environ.get(name, "")
     return int(value) if value.isdecimal() else otherwise

@@ -205,7 +205,8 @@ def check_ranks(config: Config) -> None:
     for name, budget in budgets.items():
         if budget.tokens:
             split(budget.batch, config.stage.accumulate, many, f"budget.{name}.batch")
-    if asked_for() == "FSDP" and dtype_of(config.precision, device_of_choice()) == torch.float16:
+    in_shards = asked_for() == "FSDP" or devices.sharding == "fsdp2"
+    if in_shards and dtype_of(config.precision, device_of_choice()) == torch.float16:
         raise bad_value("precision", config.precision, "bf16 or fp32: gradients in shards are not scaled")
 
 

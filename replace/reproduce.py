@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from replace.interrupt import code_of, end_quietly, stoppable
+from replace.launch import refuse_several
 
 if __name__ == "__main__":
     end_quietly()  # the imports below take seconds
@@ -50,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (sys.stdout if given else sys.stderr).write(USAGE)
         return 0 if given else 2
     try:
+        refuse_several("replace.reproduce")
         options = _parse(given)
         folder = expanded(options["run"]).resolve()
         named = options.get("out") or str(folder / "reproduced" / time.strftime("%Y-%m-%d_%H-%M-%S"))

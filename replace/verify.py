@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from replace.files import expanded
 from replace.interrupt import CODE, end_quietly
+from replace.launch import refuse_several
 
 if __name__ == "__main__":
     end_quietly()  # the imports below take a second
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(START + "\n")
         return 2
     try:
+        refuse_several("replace.verify")
         switches, overrides = _switches(arguments)
         config = compose(overrides)
         return _run(config, validate_swap(config), **switches)

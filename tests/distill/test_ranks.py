@@ -16,12 +16,16 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
+from eval.__main__ import main as evaluate
 from eval.metrics import read_metrics, without_times
 from replace.__main__ import main
+from replace.chat import main as chat
 from replace.compose import CONF, LAUNCHES
 from replace.errors import UserError
 from replace.launch import become_torchrun, hush
 from replace.ranks import Team, check_asked, check_type, split
+from replace.reproduce import main as reproduce
+from replace.verify import main as verify
 
 WORDS = ("the", "old", "house", "stood", "near", "a", "river", "nobody", "knew", "who", "lived", "there")
 CLOSE = 1e-5
@@ -286,6 +290,22 @@ def test_what_a_launcher_was_asked_for_and_a_run_would_not_do_is_refused(
     assert len(said) == 1
     assert words in said[0]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", [evaluate, verify, reproduce, chat])
+def test_a_command_that_several_processes_cannot_share_refuses_them(monkeypatch, capsys, tmp_path, command):
+    """Each would do all of it, and write to the same place."""
+    of_two(monkeypatch)
+    assert command([f"run={tmp_path}"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: num_processes=2 is not possible; allowed: 1, since `python -m ")
+    assert said.count("\n") == 1
+
+
+def test_a_dry_run_for_shards_refuses_the_precision_that_the_run_would_refuse(capsys):
+    planned = ["dry_run=true", "devices.processes=2", "devices.sharding=fsdp2"]
+    assert main(["+exp=infini", "model=tiny", "budget=smoke", "precision=fp16", *planned]) == 2
+    assert capsys.readouterr().err.startswith("error: precision='fp16' is not possible; allowed: bf16")
 
 
 def test_processes_that_cannot_meet_are_refused(monkeypatch, capsys, tmp_path):
