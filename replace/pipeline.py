@@ -71,12 +71,17 @@ def run(config: Config, run_dir: Path) -> dict:
     """
     began = time.perf_counter()
     prepare(config, run_dir)
-    with ranks.main_first():
-        documents = load_documents(config.data)  # first: a mistake in it should not wait for the model
-        check_text(documents, load_tokenizer(config.model), config)
-        loaded = load_model(config.model)
-    if tunes(config):
-        check_tuning(loaded.model, loaded.tokenizer, documents, config)
+    try:
+        with ranks.main_first():
+            documents = load_documents(config.data)  # first: a mistake in it should not wait for the model
+            check_text(documents, load_tokenizer(config.model), config)
+            loaded = load_model(config.model)
+        if tunes(config):
+            check_tuning(loaded.model, loaded.tokenizer, documents, config)
+    except UserError:
+        if ranks.is_main() and config.resume is None:
+            (run_dir / "config.json").unlink(missing_ok=True)  # resuming could only refuse it again
+        raise
     model = loaded.model.to(device_of_choice())  # type: ignore[arg-type]  # transformers' decorated `to`
     if ranks.is_main() and (changed := write_provenance(run_dir, config, loaded, documents)):
         logger.warning("the run began elsewhere, so figures may differ: %s", "; ".join(changed))

@@ -679,3 +679,15 @@ def test_the_module_runs_from_any_folder(tmp_path: Path) -> None:
     assert ended.stderr.splitlines() == [
         "error: attention.block='x' is not possible; allowed: a whole number."
     ]
+
+
+def test_what_is_refused_once_the_model_is_there_leaves_the_folder_to_the_mended_command(capsys):
+    """Neither a run that resume= could only refuse again, nor one in the way."""
+    Path("text.txt").write_text("The old house stood near a river, and nobody knew who lived there. " * 60)
+    command = [*TINY, "data=files", "data.path=text.txt", "lora=peft", "lora.data=text", "hydra.run.dir=run"]
+    for budget in ("stage1", "stage2", "stage3", "lora"):
+        command.append(f"budget.{budget}.length=256")
+    for _ in range(2):
+        assert main([*command, "lora.targets=[query]"]) == 2
+        assert "error: lora.targets='query' is not possible" in capsys.readouterr().err
+        assert not Path("run/config.json").exists()
