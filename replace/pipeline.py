@@ -51,6 +51,7 @@ from replace.memory import MemoryMixer
 from replace.precision import DTYPES, autocast
 from replace.properties.examine import check as check_properties
 from replace.properties.examine import magnitudes
+from replace.provenance import FILE as PROVENANCE
 from replace.provenance import end_provenance, for_export, write_provenance
 from replace.ranking import FILE as RANKING
 from replace.ranking import read_ranking, taken
@@ -79,7 +80,7 @@ def run(config: Config, run_dir: Path) -> dict:
         if tunes(config):
             check_tuning(loaded.model, loaded.tokenizer, documents, config)
     except UserError:
-        if ranks.is_main() and config.resume is None:
+        if ranks.is_main() and not (run_dir / PROVENANCE).exists():  # it has not begun
             (run_dir / "config.json").unlink(missing_ok=True)  # resuming could only refuse it again
         raise
     model = loaded.model.to(device_of_choice())  # type: ignore[arg-type]  # transformers' decorated `to`

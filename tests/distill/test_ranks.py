@@ -308,6 +308,17 @@ def test_a_dry_run_for_shards_refuses_the_precision_that_the_run_would_refuse(ca
     assert capsys.readouterr().err.startswith("error: precision='fp16' is not possible; allowed: bf16")
 
 
+@pytest.fixture
+def unjoined():
+    """accelerate holds what it knows of other processes for good, also of those that did not meet."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("unjoined")
 def test_processes_that_cannot_meet_are_refused(monkeypatch, capsys, tmp_path):
     of_two(monkeypatch)
     monkeypatch.delenv("MASTER_ADDR", raising=False)
