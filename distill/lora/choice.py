@@ -1,6 +1,5 @@
 """Which library makes the adapters, and why."""
 
-import os
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -8,7 +7,7 @@ import torch
 from packaging.version import Version
 
 from replace.config import LoraConfig
-from replace.errors import bad_value
+from replace.launch import asked_for, check, world
 
 ON_CPU = Version("2026.10.9")
 """The first Unsloth that runs without a GPU."""
@@ -20,7 +19,8 @@ class Machine:
 
     Attributes:
         gpus: NVIDIA GPUs that this process sees.
-        sharded: FSDP, DeepSpeed or DDP over several processes, as its launcher says; None where there is one.
+        sharded: how several processes share a model, as their launcher says: accelerate's name of it, or DDP;
+            None where there is one.
         unsloth: the installed version, or None.
     """
 
@@ -38,9 +38,15 @@ class Choice:
 
 
 def this_machine() -> Machine:
-    """The machine that this process runs on."""
+    """The machine that this process runs on.
+
+    Raises:
+        UserError: what a launcher says of its processes cannot be (`replace.launch.check`).
+    """
     gpus = torch.cuda.device_count() if torch.version.cuda is not None else 0
-    return Machine(gpus, _sharded(), unsloth_version())
+    check()
+    sharded = asked_for() or ("DDP" if world() > 1 else None)
+    return Machine(gpus, sharded, unsloth_version())
 
 
 def unsloth_version() -> str | None:
@@ -81,18 +87,3 @@ def why_not_unsloth(options: LoraConfig, machine: Machine) -> str | None:
     if not machine.gpus and Version(machine.unsloth) < ON_CPU:
         return f"Unsloth {machine.unsloth} needs a GPU (from {ON_CPU} on it runs without one)"
     return None
-
-
-def _sharded() -> str | None:
-    """What a launcher says in the environment about several processes.
-
-    Raises:
-        UserError: it is no number.
-    """
-    for name, words in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
-        if os.environ.get(name, "").lower() in ("1", "true", "yes"):
-            return words
-    count = os.environ.get("WORLD_SIZE") or "1"
-    if not count.isdecimal():
-        raise bad_value("WORLD_SIZE", count, "the number of processes, as a launcher sets it, or nothing")
-    return "DDP" if int(count) > 1 else None

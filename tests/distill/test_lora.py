@@ -277,14 +277,14 @@ def test_the_choice_and_its_reason(options, machine, kind, words):
     ("said", "sharded"),
     [
         ({}, None),
-        ({"WORLD_SIZE": "1"}, None),
-        ({"WORLD_SIZE": "2"}, "DDP"),
+        ({"WORLD_SIZE": "1", "LOCAL_RANK": "0"}, None),
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "DDP"),
         ({"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true"}, "FSDP"),
-        ({"ACCELERATE_USE_DEEPSPEED": "1"}, "DeepSpeed"),
+        ({"ACCELERATE_USE_DEEPSPEED": "1"}, "DEEPSPEED"),
     ],
 )
 def test_a_launcher_is_seen_by_what_it_sets(said, sharded, monkeypatch):
-    for name in ("WORLD_SIZE", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+    for name in ("WORLD_SIZE", "LOCAL_RANK", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
         monkeypatch.delenv(name, raising=False)
     for name, value in said.items():
         monkeypatch.setenv(name, value)
@@ -293,9 +293,8 @@ def test_a_launcher_is_seen_by_what_it_sets(said, sharded, monkeypatch):
 
 def test_a_number_of_processes_that_is_none_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "many")
-    with pytest.raises(
-        UserError, match=r"WORLD_SIZE='many' is not possible; allowed: the number of processes"
-    ):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(UserError, match=r"WORLD_SIZE='many' is not possible; allowed: a whole number"):
         this_machine()
 
 

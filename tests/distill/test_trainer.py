@@ -219,7 +219,9 @@ def test_a_signal_in_the_last_step_keeps_the_finished_stage(tmp_path, config):
     stage.step = step
     with stoppable(), pytest.raises(Stopped):
         train(model, stage, Rows(), config, tmp_path, NoLogger())
-    assert load_stage(tmp_path / "checkpoints" / "stage2", Model()) is not None
+    finished = load_stage(tmp_path / "checkpoints" / "stage2", Model())
+    assert finished is not None
+    assert finished["training"]["tokens"] == Rows.steps * Rows().batch(0).input_ids.numel()
 
 
 def test_a_disk_that_is_full_loses_no_earlier_checkpoint(tmp_path, config):

@@ -208,7 +208,7 @@ def test_folders_are_told_apart(run, tmp_path):
     assert [one.name for one in items] == [
         str(tmp_path / name) for name in ("sweep/0", "sweep/1", "alone", "model")
     ]
-    assert items[2].config is not None
+    assert items[2].config == Config(seed=len("alone"))
     assert items[2].metrics["phases"]["stage3"]["more"] == {"value": 1.0}
     assert items[3].metrics is None
     assert find_items(["smollm2"])[0].metrics is None
