@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from distill.sharding import like, whole
+from distill.stages import LORA
 from replace import ranks
-from replace.files import atomic_folder, atomic_write
+from replace.files import atomic_folder, atomic_write, expanded
 
 logger = logging.getLogger(__name__)
 
@@ -129,24 +130,34 @@ def load_stage(folder: Path, model: nn.Module) -> dict | None:
     return about
 
 
-def load_last(run: Path, model: nn.Module, adopted: Path | None = None) -> tuple[int, int | None] | None:
-    """Take over what an unfinished run trained last, on top of its finished stages.
+def stages_of(run: Path) -> dict[int, Path]:
+    """Stage -> checkpoint folder of what a run's weights are made of, finished or not.
 
-    Args:
-        run: the folder of the run.
-        adopted: the run whose earlier stages it took over, if there is one.
+    Its own stages, and what it took over by `from=`, as far as that comes before the first of its own.
+    """
+    try:
+        config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    own = [number for number in config["stages"] if config["budget"][f"stage{number}"]["tokens"]]
+    taken = stages_of(expanded(config["source"])) if config["source"] else {}
+    taken = {number: folder for number, folder in taken.items() if number < min(own, default=LORA)}
+    return taken | {number: run / "checkpoints" / f"stage{number}" for number in own}
+
+
+def load_last(run: Path, model: nn.Module) -> tuple[int, int | None] | None:
+    """Take over what an unfinished run trained last, on top of its finished stages.
 
     Returns:
         the stage, and the step inside of it, or None where the stage is finished; None if there is no whole
         checkpoint.
     """
     last: tuple[int, int | None] | None = None
-    for number in (1, 2, 3):
-        folders = [place / "checkpoints" / f"stage{number}" for place in (run, adopted) if place is not None]
-        if any(load_stage(folder, model) is not None for folder in folders):
+    for number, folder in sorted(stages_of(run).items()):
+        if load_stage(folder, model) is not None:
             last = (number, None)
             continue
-        for path in sorted(folders[0].glob("step-*"), reverse=True):
+        for path in sorted(folder.glob("step-*"), reverse=True):
             read = _read(path)
             if read is None:
                 logger.warning("checkpoint %s is damaged; the one before it is used", path.name)

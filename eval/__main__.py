@@ -382,10 +382,9 @@ def _student(source: Path, config: Config, documents: list[Document], metrics: d
     """
     if (source / "model" / "config.json").is_file():
         return _moved(load(source)[0])
-    adopted = None if config.source is None else expanded(config.source)
     loaded = load_model(config.model)
     swap(loaded.model, choose(config, loaded, documents, source))
-    last = load_last(source, loaded.model, adopted)
+    last = load_last(source, loaded.model)
     if last is None:
         raise _untrained(source)
     number, step = last

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from distill.checkpoint import load_stage
+from distill.checkpoint import load_stage, stages_of
 from distill.continued import continued_stage
 from distill.data import Mixture, check_text, share_of
 from distill.dev import dev_rows
 from distill.lora.tune import check_tuning, tune, tunes
 from distill.selection import rank
 from distill.sharding import shard, shards
-from distill.stages import Stage, check_head, language_stage, transfer_stage
+from distill.stages import LORA, Stage, check_head, language_stage, transfer_stage
 from distill.trainer import train
 from eval.ablation import mixers as mixers_of
 from eval.ablation import parts_of
@@ -147,7 +147,7 @@ def _phases(
             last = final == "swapped"
             result |= measure(model, tokenizer, config, phase="swapped", final=last, using=using)
 
-    adopt(model, config, min(todo, default=1))
+    adopt(model, config, min(todo, default=LORA))
     for number in todo:
         with phase(metrics, run_dir, f"stage{number}", log) as result:
             mixture = _mixture(loaded, documents, config, number)
@@ -345,25 +345,26 @@ def _ranked(config: Config, loaded: Loaded, documents: list[Document]) -> dict:
 
 
 def adopt(model: nn.Module, config: Config, first: int) -> None:
-    """Take over the stages before `first` from the run that `from=` names.
+    """Take over the stages before `first` from the run that `from=` names; all it has, before the tuning.
 
     Raises:
         UserError: that run has not finished one of them.
     """
     if config.source is None:
-        if first > 1 and any(getattr(m, "learns_score", False) for m in mixers_of(model)):
+        if 1 < first < LORA and any(getattr(m, "learns_score", False) for m in mixers_of(model)):
             logger.warning(
                 "stages=%s without from=: no stage 1 taught the pair scores, so the earliest pairs are kept",
                 config.stages,
             )
         return
-    for number in range(1, first):
-        folder = expanded(config.source) / "checkpoints" / f"stage{number}"
-        if load_stage(folder, model) is None:
+    found = stages_of(expanded(config.source))
+    needed = range(1, first) if first < LORA else sorted(found) or [1]
+    for number in needed:
+        if number not in found or load_stage(found[number], model) is None:
             raise UserError(
                 f"from={config.source!r} is not possible; allowed: a run that has finished stage {number}."
             )
-        logger.info("stage %d is taken from %s", number, config.source)
+        logger.info("stage %d is taken from %s", number, found[number].parent.parent)
 
 
 def describe(model: PreTrainedModel, conversion: Conversion, using: Yardstick) -> list[dict]:

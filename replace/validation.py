@@ -271,7 +271,9 @@ def _check_run(config: Config) -> None:
     _one_of("kernels.backend", config.kernels.backend, BACKENDS)
     _one_of("softmax_backend", config.softmax_backend, SOFTMAX_BACKENDS)
     stages = config.stages
-    _require(bool(stages), "stages", stages, "one or more of 1, 2, 3")
+    alone = config.source is not None and config.lora.kind != "none"
+    allowed = "one or more of 1, 2, 3, or [] beside from= and lora=, which tunes that run's student"
+    _require(bool(stages) or alone, "stages", stages, allowed)
     _require(all(stage in (1, 2, 3) for stage in stages), "stages", stages, "1, 2 and 3")
     _require(stages == sorted(set(stages)), "stages", stages, "each stage once, in rising order")
     _require(0 <= config.seed < 2**32, "seed", config.seed, "a whole number from 0 to 2**32 - 1")
@@ -689,8 +691,8 @@ def _check_source(config: Config, run: Path) -> None:
             raise bad_value(
                 "from", str(run), f"a run with the same {part}; there {key} is {other!r}, here {mine!r}"
             )
-    first = config.stages[0]
-    _require(first > 1, "stages", config.stages, "stages after 1 where from= gives what came before")
+    allowed = "stages after 1 where from= gives what came before"
+    _require(1 not in config.stages, "stages", config.stages, allowed)
 
 
 def _facts(model: ModelConfig) -> "ModelFacts":

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import replace
 import replace.pipeline as pipeline
@@ -56,6 +57,20 @@ def test_the_run_has_the_phase_and_measures_the_merged_model(whole):
     assert "| LoRA | 2,048 |" in report
     lines = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     assert {line["stage"] for line in lines} == {"lora"}
+
+
+def test_a_student_is_tuned_alone(tmp_path):
+    """`stages=[] from=<run>`: that run's student, and nothing but the tuning."""
+    student = [word for word in TINY if not word.startswith(("lora", "budget.stage"))] + ["lora=none"]
+    pipeline.run(compose(student), tmp_path / "student")
+    for name, words in (("alone", ["stages=[]"]), ("idle", ["stages=[3]", "budget.stage3.tokens=0"])):
+        tuning = [word for word in TINY if not word.startswith("budget.stage")]
+        metrics = pipeline.run(compose([*tuning, *words, f"from={tmp_path / 'student'}"]), tmp_path / name)
+        assert list(metrics["phases"]) == ["teacher", "swapped", "lora"]
+        before = load_file(tmp_path / "student" / "model" / "model.safetensors")
+        after = load_file(tmp_path / name / "base" / "model.safetensors")
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[key], after[key]) for key in before), name
 
 
 def test_a_finished_run_that_is_continued_is_the_same(whole):

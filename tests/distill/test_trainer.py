@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from distill.checkpoint import KEEP, Progress, load_last, load_stage, load_step, save_step
+from distill.checkpoint import KEEP, Progress, load_last, load_stage, load_step, save_step, stages_of
 from distill.data import Batch, Mixture
 from distill.stages import Stage
 from distill.trainer import forget_steps, learning_rate, train
@@ -448,29 +448,61 @@ def test_failure_patterns_are_watched_for_and_remembered(tmp_path, config, caplo
     assert again["patterns"] == {"nonfinite": 3}
 
 
+def run_of(folder, stages, source=None, **tokens):
+    """A run's folder with what its config says of stages."""
+    budget = {f"stage{number}": {"tokens": tokens.get(f"stage{number}", 64)} for number in (1, 2, 3)}
+    folder.mkdir()
+    about = {"stages": stages, "source": None if source is None else str(source), "budget": budget}
+    (folder / "config.json").write_text(json.dumps(about))
+    return folder
+
+
 def test_the_last_good_checkpoint_of_an_unfinished_run_is_found(tmp_path, config):
     """A finished stage, and inside the next one the newest whole checkpoint, not a damaged one."""
-    model = Model()
-    assert load_last(tmp_path, model) is None
+    model, run = Model(), run_of(tmp_path / "run", [1, 2])
+    assert load_last(run, model) is None
     one = stage_of(model)
     one.number = 1
-    train(model, one, Rows(), config, tmp_path, NoLogger())
-    assert load_last(tmp_path, Model()) == (1, None)
+    train(model, one, Rows(), config, run, NoLogger())
+    assert load_last(run, Model()) == (1, None)
     finished = model.weight.detach().clone()
     with pytest.raises(KeyboardInterrupt):
-        train(model, stage_of(model, stop_at=9), Rows(), config, tmp_path, NoLogger())
+        train(model, stage_of(model, stop_at=9), Rows(), config, run, NoLogger())
     other = Model()
-    assert load_last(tmp_path, other) == (2, 8)
+    assert load_last(run, other) == (2, 8)
     assert not torch.equal(other.weight, finished)
-    newest = tmp_path / "checkpoints" / "stage2" / "step-0000008" / "state.safetensors"
+    newest = run / "checkpoints" / "stage2" / "step-0000008" / "state.safetensors"
     newest.write_bytes(newest.read_bytes()[:-4])
-    assert load_last(tmp_path, Model()) == (2, 6)
+    assert load_last(run, Model()) == (2, 6)
 
 
 def test_the_stages_of_the_run_that_was_taken_over_count(tmp_path, config):
     model = Model()
-    (tmp_path / "first").mkdir()
-    train(model, stage_of(model), Rows(), config, tmp_path / "first", NoLogger())
+    first = run_of(tmp_path / "first", [1, 2])
+    train(model, stage_of(model), Rows(), config, first, NoLogger())
     other = Model()
-    assert load_last(tmp_path / "second", other, tmp_path / "first") == (2, None)
+    assert load_last(run_of(tmp_path / "second", [3], first), other) == (2, None)
     assert torch.equal(other.weight, model.weight)
+
+
+def test_a_stage_that_a_run_trains_anew_is_not_the_earlier_run_s(tmp_path, config):
+    """What the earlier run did after the stage at which the later one began is no part of the later one."""
+    model = Model()
+    first = run_of(tmp_path / "first", [1, 2])
+    for number in (1, 2):
+        stage = stage_of(model)
+        stage.number = number
+        train(model, stage, Rows(), config, first, NoLogger())
+    assert load_last(run_of(tmp_path / "second", [2], first), Model()) == (1, None)
+
+
+def test_what_a_run_s_weights_are_made_of(tmp_path):
+    def names(run):
+        return {number: folder.parent.parent.name for number, folder in stages_of(run).items()}
+
+    first = run_of(tmp_path / "first", [1, 2, 3])
+    second = run_of(tmp_path / "second", [2], first)
+    assert names(second) == {1: "first", 2: "second"}, "its own stage 2 makes the earlier stage 3 void"
+    assert names(run_of(tmp_path / "tuned", [], second)) == {1: "first", 2: "second"}
+    assert names(run_of(tmp_path / "idle", [3], first, stage3=0)) == {1: "first", 2: "first", 3: "first"}
+    assert names(tmp_path / "nothing") == {}
