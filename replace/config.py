@@ -42,6 +42,9 @@ class AttentionConfig:
     has none, and `local: none` (of `linear`) has not even the own block. `scale` multiplies q and k before a
     feature map; None stands for the root of the teacher's softmax scale. `own` holds options that only this
     variant has, by name (`attention.own.<name>=...`).
+
+    `pairs_recent` is the share of the `pairs` places in which pairs age: in 1,024 tokens one there loses
+    `pairs_fade` of its score. The other places are for what scores best at any age.
     """
 
     name: str = "infini"
@@ -52,6 +55,8 @@ class AttentionConfig:
     distance_cap: int | None = 512
     pairs: int = 64
     pairs_score: str = "learned"
+    pairs_recent: float = 0.0
+    pairs_fade: float = 3.0
     feature_map: str = "hedgehog"
     update: str = "linear"
     gate: str = "head"
@@ -61,6 +66,11 @@ class AttentionConfig:
     rotary: bool = False
     clamp: float = 1e4
     own: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def recent_places(self) -> int:
+        """How many of the `pairs` places are for recent pairs."""
+        return round(self.pairs * self.pairs_recent)
 
     def shared_with(self, name: str) -> "AttentionConfig":
         """These options for the variant `name`: `own` stays behind, unless it is the same variant."""

@@ -19,6 +19,7 @@ from kernels.exact_attention.reference import exact_keys
 from kernels.gated_delta_rule.reference import gated_delta_rule
 from kernels.linear_memory.reference import delta, delta_bounded
 from replace.blocks import Call
+from replace.mixer import FADE_TOKENS
 from replace.rotary import RotarySpec
 
 
@@ -94,12 +95,16 @@ class Definition:
         return [j for j in range(self.options.sinks, left) if (g, j) not in self.absent]
 
     def retained(self, g: int, left: int) -> list[int]:
-        """The best of what has left, ties by position."""
+        """The best of what has left, and of the rest the best with what age takes; ties by position."""
         score = self.score
         if score is None:
             return []
         order = sorted(self.leaves(g, left), key=lambda j: (-float(score[g, j]), j))
-        return sorted(order[: self.options.pairs])
+        recent = self.options.recent_places
+        lasting = self.options.pairs - recent
+        fade = self.options.pairs_fade / FADE_TOKENS
+        rest = sorted(order[lasting:], key=lambda j: (-float(score[g, j] + j * fade), j))
+        return sorted([*order[:lasting], *rest[:recent]])
 
     # What the memory holds
 

@@ -38,6 +38,10 @@ from replace.scores import SCORES, LearnedScore
 VARIANTS: Registry[type[nn.Module]] = Registry("attention.name", "replace.attention", base=lambda: nn.Module)
 
 
+FADE_TOKENS = 1024
+"""In so many tokens a pair in a recent place loses `pairs_fade` of its score."""
+
+
 class BlockMixer(nn.Module):
     """Exact attention over window, sinks and retained pairs; a base for the variants that add a memory.
 
@@ -278,7 +282,13 @@ class BlockMixer(nn.Module):
             initial = score.new_full((sequences, groups, keep), -torch.inf)
             past_k = blocks.k.new_zeros(sequences, groups, keep, blocks.k.shape[-1])
             past_v = blocks.v.new_zeros(sequences, groups, keep, blocks.v.shape[-1])
-        blocks.selection = select_pairs(score, initial)
+        recent, rank = self.options.recent_places, None
+        if recent:
+            # All fade alike, so a later pair is as far ahead of an earlier one at any time: it is given once
+            # and for all what age takes of the other, and no rank ever changes.
+            rank = torch.cat([initial, score.flatten(2)], dim=2)
+            rank = rank + self._pool_positions(blocks) * (self.options.pairs_fade / FADE_TOKENS)
+        blocks.selection = select_pairs(score, initial, rank, recent)
         blocks.pool_k = torch.cat([past_k.to(blocks.k.dtype), blocks.k[:, :, blocks.leaving]], dim=2)
         blocks.pool_v = torch.cat([past_v.to(blocks.v.dtype), blocks.v[:, :, blocks.leaving]], dim=2)
 

@@ -1,7 +1,12 @@
 """Retained pairs, block by block in PyTorch.
 
-A total order (higher score first, then the earlier position) makes the choice made block by block equal to
-the choice made over all candidates at once, so that prefill in any pieces keeps the same pairs.
+Some of the K places may be kept for recent pairs: they go to the best by another rank, in which a later pair
+is ahead by its lateness, among those that the score alone has left out.
+
+Both are total orders (the higher first, then the earlier position) that no later candidate changes, which
+makes the choice made block by block equal to the choice made over all candidates at once, so that prefill in
+any pieces keeps the same pairs. For the recent places that holds because a pair that the score alone once
+leaves out is left out for good.
 """
 
 from dataclasses import dataclass
@@ -30,12 +35,15 @@ class Selection:
 
 
 @torch.no_grad()
-def select_pairs(scores: Tensor, initial: Tensor) -> Selection:
+def select_pairs(scores: Tensor, initial: Tensor, rank: Tensor | None = None, recent: int = 0) -> Selection:
     """Keep the K best-scored pairs as blocks are offered one after the other.
 
     Args:
         scores: `[B, G, N, S]` fp32, -inf where a token is no candidate.
         initial: `[B, G, K]` fp32, scores of the pairs held before, -inf where a place is empty.
+        rank: `[B, G, K + N S]` fp32, in the order of the pool: what the recent places go by, -inf where the
+            score is.
+        recent: how many of the K places go to the best by `rank` of what the score leaves out.
     """
     batch, groups, blocks, size = scores.shape
     keep = initial.shape[-1]
@@ -48,6 +56,12 @@ def select_pairs(scores: Tensor, initial: Tensor) -> Selection:
         pool_score = torch.cat([held_score, scores[:, :, block]], dim=-1)
         pool_index = torch.cat([held_index, tokens + (keep + block * size)], dim=-1)
         order = torch.argsort(pool_score, dim=-1, descending=True, stable=True)
+        if recent:
+            assert rank is not None
+            lasting, rest = order[..., : keep - recent], order[..., keep - recent :].sort(dim=-1).values
+            rest_rank = rank.gather(-1, pool_index.gather(-1, rest))
+            rest = rest.gather(-1, torch.argsort(rest_rank, dim=-1, descending=True, stable=True))
+            order = torch.cat([lasting, rest], dim=-1)
         kept, lost = order[..., :keep].sort(dim=-1).values, order[..., keep:]
         held_score, held_index = pool_score.gather(-1, kept), pool_index.gather(-1, kept)
         index.append(held_index)

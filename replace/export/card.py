@@ -91,7 +91,8 @@ def _rows(spec: SwapSpec) -> list[str]:
 def _words(options: AttentionConfig) -> str:
     """The variant and its sizes; everything else is in config.json."""
     reach = {"segment": "own block only", "none": "no window"}.get(options.local, f"window {options.window}")
-    pairs = f", {options.pairs} retained pairs ({options.pairs_score})" if options.pairs else ""
+    recent = f", {options.recent_places} of them recent" if options.recent_places else ""
+    pairs = f", {options.pairs} retained pairs ({options.pairs_score}{recent})" if options.pairs else ""
     return f"`{options.name}`: blocks of {options.block}, {reach}, {options.sinks} sinks{pairs}"
 
 

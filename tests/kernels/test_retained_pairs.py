@@ -32,6 +32,43 @@ def test_equals_the_reference_with_ties(keep: int, blocks: int, size: int, seed:
     assert living(selection) == reference.select_pairs(scores, initial)
 
 
+def draw(keep: int, blocks: int, size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scores, those of the pairs held before, and ranks that take another order."""
+    generator = torch.Generator().manual_seed(seed)
+    levels = torch.tensor(LEVELS)
+    pool = levels[torch.randint(len(LEVELS), (2, 2, keep + blocks * size), generator=generator)]
+    rank = pool + torch.randint(-2, 3, pool.shape, generator=generator)
+    return pool[..., keep:].unflatten(2, (blocks, size)), pool[..., :keep], rank
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 6), st.integers(0, 4), st.integers(1, 5), st.integers(0, 10_000), st.data())
+def test_recent_places_equal_the_reference_with_ties(keep, blocks, size, seed, data) -> None:
+    recent = data.draw(st.integers(0, keep))
+    scores, initial, rank = draw(keep, blocks, size, seed)
+    selection = chunk.select_pairs(scores, initial, rank, recent)
+    assert living(selection) == reference.select_pairs(scores, initial, rank, recent)
+    pool = (initial != -torch.inf).sum(-1) + (scores != -torch.inf).flatten(2).sum(-1)
+    assert (selection.alive[:, :, -1].sum(-1) == pool.clamp_max(keep)).all(), (
+        "no place stays empty for nothing"
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 5), st.integers(0, 10_000), st.data())
+def test_recent_places_do_not_depend_on_how_the_blocks_are_cut(keep, blocks, size, seed, data) -> None:
+    """The choice block by block is the choice over all at once, of the score's best and of the rest."""
+    recent = data.draw(st.integers(0, keep))
+    scores, _, rank = draw(keep, blocks, size, seed)
+    empty = torch.full((2, 2, keep), -torch.inf)
+    selection = chunk.select_pairs(scores, empty, rank, recent)
+    whole = scores.flatten(2).unsqueeze(2)
+    at_once = chunk.select_pairs(whole, empty, rank, recent)
+    assert [[steps[-1] for steps in row] for row in living(selection)] == [
+        [steps[-1] for steps in row] for row in living(at_once)
+    ]
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 4), st.integers(0, 10_000))
 def test_every_candidate_is_kept_or_dropped_once(keep: int, blocks: int, size: int, seed: int) -> None:

@@ -41,6 +41,21 @@ SEGMENT = {"local": "segment", "sinks": 0, "pairs": 0}
 CASES: dict[str, tuple[str, dict]] = {
     "window": ("llama", {"name": "sliding_window", "pairs": 0}),
     "window-pairs": ("qwen3", {"name": "sliding_window", "pairs_score": "learned", "distance_cap": 16}),
+    "window-recent": ("llama", {"name": "sliding_window", "pairs_recent": 0.4, "pairs_fade": 40.0}),
+    "infini-recent": (
+        "qwen3",
+        {
+            "name": "infini",
+            "pairs_score": "learned",
+            "pairs_recent": 1.0,
+            "pairs_fade": 1e4,
+            "distance_cap": 16,
+        },
+    ),
+    "linear-recent": (
+        "phi3",
+        {"name": "linear", "pairs": 4, "pairs_score": "learned", "pairs_recent": 0.5, "pairs_fade": 40.0},
+    ),
     "window-wide": ("phi3", {"name": "sliding_window", "window": 8, "sinks": 0, "pairs_score": "random"}),
     "infini-paper": ("llama", {"name": "infini", **SEGMENT, "feature_map": "elu", "write_gate": "none"}),
     "infini": ("llama", {"name": "infini", "pairs_score": "learned", "distance_cap": 12}),
