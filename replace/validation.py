@@ -368,7 +368,7 @@ def _check_attention(attention: AttentionConfig) -> None:
     _require(attention.pairs >= 0, "attention.pairs", attention.pairs, "0 or more")
     recent = attention.pairs_recent
     _require(0 <= recent <= 1, "attention.pairs_recent", recent, "a share of attention.pairs, from 0 to 1")
-    _require(attention.pairs_fade >= 0, "attention.pairs_fade", attention.pairs_fade, "0 or more")
+    _require(0 <= attention.pairs_fade <= 1e6, "attention.pairs_fade", attention.pairs_fade, "0 to 1e6")
     exact = block + window
     if attention.distance_cap is not None:
         _require(

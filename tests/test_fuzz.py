@@ -101,6 +101,8 @@ NUMBERS = {
     "attention.window": (0, 8, 16, 32, 64),
     "attention.sinks": (0, 1, 4),
     "attention.pairs": (0, 1, 4, 64),
+    "attention.pairs_recent": (0.0, 0.5, 1.0),
+    "attention.pairs_fade": (0.0, 3.0, 1e6),
     "attention.distance_cap": (16, 64, 128, 512),
     "layers.k": (1, 2, 4),
 }
