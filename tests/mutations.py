@@ -44,7 +44,7 @@ RAISED, STILLBORN = 10, 11
 
 # Small blocks, so that a short text shows everything; three of thirty layers.
 SMALL = ["model=smollm2", "layers=every", "layers.k=10", "attention.block=8", "attention.window=8"]
-SMALL += ["attention.sinks=2", "attention.distance_cap=24", "attention.pairs=6"]
+SMALL += ["attention.sinks=2", "attention.distance_cap=24", "attention.pairs=6", "attention.pairs_recent=0.5"]
 SETTINGS: dict[str, list[str]] = {
     "infini": ["attention=infini", *SMALL, "attention.pairs_score=learned"],
     "linear": ["attention=linear", *SMALL, "attention.pairs_score=key_norm", "attention.write_gate=token"],
