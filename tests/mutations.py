@@ -308,18 +308,6 @@ MISTAKES = [
         (PROPERTIES, "test_4_mixer and recent"),
     ),
     Mistake(
-        "how late a pair is counts from the beginning of the call",
-        [
-            (
-                MIXER,
-                "rank = rank + self._pool_positions(blocks) *",
-                "rank = rank + torch.arange(rank.shape[-1], device=rank.device) *",
-            )
-        ],
-        (PROPERTIES, "test_4_and_5 and recent"),
-        "window",
-    ),
-    Mistake(
         "scores are pooled over the border of a block",
         [
             (
