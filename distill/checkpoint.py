@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from distill.sharding import like, whole
 from distill.stages import LORA
 from replace import ranks
+from replace.errors import bad_value
 from replace.files import atomic_folder, atomic_write, expanded
 
 logger = logging.getLogger(__name__)
@@ -134,13 +135,18 @@ def stages_of(run: Path) -> dict[int, Path]:
     """Stage -> checkpoint folder of what a run's weights are made of, finished or not.
 
     Its own stages, and what it took over by `from=`, as far as that comes before the first of its own.
+
+    Raises:
+        UserError: the run, or one that it took stages over from, is not there.
     """
     try:
         config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+    except (OSError, ValueError) as error:
+        allowed = "a run's folder with its config.json, and with those of the runs that it began from"
+        raise bad_value("from", str(run), allowed) from error
     own = [number for number in config["stages"] if config["budget"][f"stage{number}"]["tokens"]]
-    taken = stages_of(expanded(config["source"])) if config["source"] else {}
+    source = config.get("source")
+    taken = stages_of(expanded(source)) if source else {}
     taken = {number: folder for number, folder in taken.items() if number < min(own, default=LORA)}
     return taken | {number: run / "checkpoints" / f"stage{number}" for number in own}
 

@@ -694,6 +694,9 @@ def _check_source(config: Config, run: Path) -> None:
             raise bad_value(
                 "from", str(run), f"a run with the same {part}; there {key} is {other!r}, here {mine!r}"
             )
+    tunes = config.lora.kind != "none" and config.budget.lora.tokens > 0
+    left = tunes or any(getattr(config.budget, f"stage{number}").tokens for number in config.stages)
+    _require(left, "from", str(run), "nothing, where neither a stage nor a tuning is left to do")
     allowed = "stages after 1 where from= gives what came before"
     _require(1 not in config.stages, "stages", config.stages, allowed)
 

@@ -1,5 +1,6 @@
 """The whole run on the tiny model: complete, repeatable, resumable; and once on the real model."""
 
+import dataclasses
 import json
 
 import pytest
@@ -11,6 +12,7 @@ from eval.metrics import without_times as figures
 from replace import load
 from replace.compose import choices, compose
 from replace.errors import UserError
+from replace.validation import validate
 
 pytestmark = pytest.mark.long
 TINY = ["+exp=infini", "model=tiny", "budget=smoke"]
@@ -141,9 +143,22 @@ def test_a_later_run_takes_stage_1_from_an_earlier_one(whole, tmp_path):
 def test_a_run_without_stage_1_cannot_be_taken_from_one_that_has_none(tmp_path):
     (tmp_path / "empty").mkdir()
     config = compose(TINY)
+    (tmp_path / "empty" / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
     config.source, config.stages = str(tmp_path / "empty"), [2]
     with pytest.raises(UserError, match="finished stage 1"):
         pipeline.adopt(torch.nn.Linear(1, 1), config, 2)
+
+
+def test_nothing_is_taken_over_where_nothing_is_left_to_do(tmp_path):
+    """It would export another run's student beside figures of the untrained swap."""
+    config = compose(TINY)
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    for words in (
+        ["stages=[3]", "budget.stage3.tokens=0"],
+        ["stages=[]", "lora=peft", "budget.lora.tokens=0"],
+    ):
+        with pytest.raises(UserError, match=r"from=.* allowed: nothing, where neither a stage nor a tuning"):
+            validate(compose([*TINY, *words, f"source={tmp_path}"]))
 
 
 @pytest.mark.parametrize("experiment", [name for name in choices("exp") if name != "infini"])

@@ -75,10 +75,12 @@ def test_the_controls_differ_from_the_default_in_what_they_control() -> None:
     assert {key for key, *_ in differences(compose(["+exp=infini"]), compose(["+exp=infini_linear"]))} == {
         "experiment",
         "attention.pairs",
+        "attention.pairs_recent",  # of no pairs there is no share
     }
     assert {key for key, *_ in differences(compose(["+exp=pairs"]), compose(["+exp=window"]))} == {
         "experiment",
         "attention.pairs",
+        "attention.pairs_recent",
         "stage.lr_projection1",  # without a score to teach, stage 1 would have nothing to move
     }
 

@@ -505,4 +505,7 @@ def test_what_a_run_s_weights_are_made_of(tmp_path):
     assert names(second) == {1: "first", 2: "second"}, "its own stage 2 makes the earlier stage 3 void"
     assert names(run_of(tmp_path / "tuned", [], second)) == {1: "first", 2: "second"}
     assert names(run_of(tmp_path / "idle", [3], first, stage3=0)) == {1: "first", 2: "first", 3: "first"}
-    assert names(tmp_path / "nothing") == {}
+    later = run_of(tmp_path / "later", [3], tmp_path / "moved")
+    for run in (tmp_path / "nothing", later):
+        with pytest.raises(UserError, match=r"from=.* is not possible; allowed: a run's folder"):
+            stages_of(run)
