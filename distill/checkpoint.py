@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from distill.sharding import like, whole
 from distill.stages import LORA
 from replace import ranks
-from replace.errors import bad_value
+from replace.compose import load_config
 from replace.files import atomic_folder, atomic_write, expanded
 
 logger = logging.getLogger(__name__)
@@ -132,23 +132,18 @@ def load_stage(folder: Path, model: nn.Module) -> dict | None:
 
 
 def stages_of(run: Path) -> dict[int, Path]:
-    """Stage -> checkpoint folder of what a run's weights are made of, finished or not.
+    """Stage -> checkpoint folder, in their order, of what a run's weights are made of, finished or not.
 
     Its own stages, and what it took over by `from=`, as far as that comes before the first of its own.
 
     Raises:
         UserError: the run, or one that it took stages over from, is not there.
     """
-    try:
-        config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        allowed = "a run's folder with its config.json, and with those of the runs that it began from"
-        raise bad_value("from", str(run), allowed) from error
-    own = [number for number in config["stages"] if config["budget"][f"stage{number}"]["tokens"]]
-    source = config.get("source")
-    taken = stages_of(expanded(source)) if source else {}
-    taken = {number: folder for number, folder in taken.items() if number < min(own, default=LORA)}
-    return taken | {number: run / "checkpoints" / f"stage{number}" for number in own}
+    config = load_config(run, "from")
+    taken = {} if config.source is None else stages_of(expanded(config.source))
+    first = min(config.running, default=LORA)
+    before = {number: folder for number, folder in taken.items() if number < first}
+    return before | {number: run / "checkpoints" / f"stage{number}" for number in config.running}
 
 
 def load_last(run: Path, model: nn.Module) -> tuple[int, int | None] | None:
@@ -159,7 +154,7 @@ def load_last(run: Path, model: nn.Module) -> tuple[int, int | None] | None:
         checkpoint.
     """
     last: tuple[int, int | None] | None = None
-    for number, folder in sorted(stages_of(run).items()):
+    for number, folder in stages_of(run).items():
         if load_stage(folder, model) is not None:
             last = (number, None)
             continue

@@ -49,8 +49,7 @@ def check_text(documents: list[Document], tokenizer: PreTrainedTokenizerBase, co
     Raises:
         UserError: no training document has the tokens of the longest row, or no needle fits into a row.
     """
-    lengths = {number: getattr(config.budget, f"stage{number}") for number in config.stages}
-    lengths = {number: budget.length for number, budget in lengths.items() if budget.tokens}
+    lengths = {number: budget.length for number, budget in config.running.items()}
     if not lengths:
         return
     train = [document for document in documents if document.split == "train"]

@@ -27,7 +27,7 @@ if __name__ == "__main__":
 
 import torch
 
-from distill.checkpoint import load_last
+from distill.checkpoint import load_last, stages_of
 from eval.ablation import parts_of
 from eval.arguments import WHAT, config_for, configure, listed, parse
 from eval.checklist import checklist
@@ -298,8 +298,10 @@ def _check_trained(source: Path) -> None:
     Raises:
         UserError: so it is.
     """
-    patterns = ("model/config.json", "checkpoints/stage*/final", "checkpoints/stage*/step-*")
-    if not any(any(source.glob(pattern)) for pattern in patterns):
+    if (source / "model" / "config.json").is_file():
+        return
+    folders = stages_of(source).values()
+    if not any((folder / "final").exists() or any(folder.glob("step-*")) for folder in folders):
         raise _untrained(source)
 
 

@@ -323,3 +323,14 @@ class Config:
     export_dtype: str = "fp32"
     softmax_backend: str = "auto"
     threads: int | None = None
+
+    @property
+    def running(self) -> dict[int, StageBudget]:
+        """Stage -> its budget, in their order, of the stages that have tokens to train on."""
+        budgets = {number: getattr(self.budget, f"stage{number}") for number in sorted(self.stages)}
+        return {number: budget for number, budget in budgets.items() if budget.tokens}
+
+    @property
+    def tunes(self) -> bool:
+        """Whether adapters are trained after the stages."""
+        return self.lora.kind != "none" and self.budget.lora.tokens > 0

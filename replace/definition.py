@@ -102,8 +102,9 @@ class Definition:
         order = sorted(self.leaves(g, left), key=lambda j: (-float(score[g, j]), j))
         recent = self.options.recent_places
         lasting = self.options.pairs - recent
-        fade = self.options.pairs_fade / FADE_TOKENS
-        rest = sorted(order[lasting:], key=lambda j: (-float(score[g, j] + j * fade), j))
+        late = (torch.arange(self.length).to(score.dtype) * self.options.pairs_fade).round() / FADE_TOKENS
+        rank = score[g] + late
+        rest = sorted(order[lasting:], key=lambda j: (-float(rank[j]), j))
         return sorted([*order[:lasting], *rest[:recent]])
 
     # What the memory holds

@@ -97,8 +97,8 @@ def refuse_too_large(config: Config) -> None:
     needed, there = memory_bytes(config, facts, make_plan(config, facts)), memory_of_device(config)
     if needed <= there:
         return
-    running = [stage for stage in config.stages if getattr(config.budget, f"stage{stage}").tokens]
-    last = f"stage{max(running, default=1)}"  # a later stage trains more
+    last = f"stage{max(config.running, default=1)}"  # a later stage trains more
+    last = "lora" if config.tunes and not config.running else last
     batch = getattr(config.budget, last).batch
     remedies = "fewer rows (with stage.accumulate), stage.gradient_checkpointing=true, stages without 3"
     remedies += "" if _shards(config) else ", or FSDP2 (devices.sharding=fsdp2)"
@@ -177,9 +177,8 @@ def added_parameters(attention: AttentionConfig, variant: str, facts: ModelFacts
 def evaluation_tokens(config: Config, facts: ModelFacts, plan_for: PlanFor) -> int:
     """Tokens that evaluation reads in all phases: books and recall episodes, each once and per ablation."""
     measured = config.budget.eval
-    budgets = {stage: getattr(config.budget, f"stage{stage}") for stage in config.stages}
-    phases = ["teacher", "swapped", *(f"stage{stage}" for stage, budget in budgets.items() if budget.tokens)]
-    phases += ["lora"] if config.lora.kind != "none" and config.budget.lora.tokens else []
+    phases = ["teacher", "swapped", *(f"stage{stage}" for stage in config.running)]
+    phases += ["lora"] if config.tunes else []
     total = 0
     for phase in phases:
         parts = {} if phase == "teacher" else _parts(config, facts)
@@ -313,9 +312,7 @@ def _which(config: Config, facts: ModelFacts) -> str:
 
 def _budgets(config: Config) -> list[StageBudget]:
     """Of all that is trained, the adapters too."""
-    budgets = [getattr(config.budget, f"stage{stage}") for stage in config.stages]
-    budgets += [config.budget.lora] if config.lora.kind != "none" else []
-    return [budget for budget in budgets if budget.tokens]
+    return [*config.running.values(), *([config.budget.lora] if config.tunes else [])]
 
 
 def _whole_steps(budget: StageBudget, accumulate: int) -> int:

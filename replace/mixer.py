@@ -287,7 +287,11 @@ class BlockMixer(nn.Module):
             # All fade alike, so a later pair is as far ahead of an earlier one at any time: it is given once
             # and for all what age takes of the other, and no rank ever changes.
             rank = torch.cat([initial, score.flatten(2)], dim=2)
-            rank = rank + self._pool_positions(blocks) * (self.options.pairs_fade / FADE_TOKENS)
+            position = self._pool_positions(blocks).to(rank.dtype)
+            late = (
+                position * self.options.pairs_fade
+            ).round() / FADE_TOKENS  # on the scores' grid: true ties
+            rank = rank + late
         blocks.selection = select_pairs(score, initial, rank, recent)
         blocks.pool_k = torch.cat([past_k.to(blocks.k.dtype), blocks.k[:, :, blocks.leaving]], dim=2)
         blocks.pool_v = torch.cat([past_v.to(blocks.v.dtype), blocks.v[:, :, blocks.leaving]], dim=2)

@@ -18,7 +18,7 @@ from distill.checkpoint import load_stage, stages_of
 from distill.continued import continued_stage
 from distill.data import Mixture, check_text, share_of
 from distill.dev import dev_rows
-from distill.lora.tune import check_tuning, tune, tunes
+from distill.lora.tune import check_tuning, tune
 from distill.selection import rank
 from distill.sharding import shard, shards
 from distill.stages import LORA, Stage, check_head, language_stage, transfer_stage
@@ -38,6 +38,7 @@ from kernels.dispatch import force
 from replace import ranks
 from replace.cache import ReplacedCacheLayer
 from replace.choice import layers_of, spec_of
+from replace.compose import load_config
 from replace.config import Config
 from replace.convert import Conversion, SwapSpec, attention_layers, mixers, probe_ids, swap
 from replace.corpora import Document, load_documents
@@ -77,7 +78,7 @@ def run(config: Config, run_dir: Path) -> dict:
             documents = load_documents(config.data)  # first: a mistake in it should not wait for the model
             check_text(documents, load_tokenizer(config.model), config)
             loaded = load_model(config.model)
-        if tunes(config):
+        if config.tunes:
             check_tuning(loaded.model, loaded.tokenizer, documents, config)
     except UserError:
         if ranks.is_main() and not (run_dir / PROVENANCE).exists():  # it has not begun
@@ -140,14 +141,14 @@ def _phases(
     metrics["softmax_attention"] = softmax.settle(model)
     metrics["layers"] = [r.layer for r in conversion.replacements]
     metrics["replaced"] = describe(model, conversion, using)
-    todo = [number for number in sorted(config.stages) if getattr(config.budget, f"stage{number}").tokens]
-    final = "lora" if tunes(config) else f"stage{todo[-1]}" if todo else "swapped"
+    todo = list(config.running)
+    final = "lora" if config.tunes else f"stage{todo[-1]}" if todo else "swapped"
     with phase(metrics, run_dir, "swapped", log) as result:
         if result is not None:
             last = final == "swapped"
             result |= measure(model, tokenizer, config, phase="swapped", final=last, using=using)
 
-    adopt(model, config, min(todo, default=LORA))
+    adopt(model, config)
     for number in todo:
         with phase(metrics, run_dir, f"stage{number}", log) as result:
             mixture = _mixture(loaded, documents, config, number)
@@ -162,7 +163,7 @@ def _phases(
                     result |= measure(model, tokenizer, config, phase=name, final=last, using=using)
                 result["training"] = training
 
-    if tunes(config):
+    if config.tunes:
         _export(model, tokenizer, config, run_dir, "base", metrics)
         with phase(metrics, run_dir, "lora", log) as result:
             tuning = tune(model, tokenizer, config, run_dir, documents, log)
@@ -344,27 +345,30 @@ def _ranked(config: Config, loaded: Loaded, documents: list[Document]) -> dict:
     return ranking
 
 
-def adopt(model: nn.Module, config: Config, first: int) -> None:
-    """Take over the stages before `first` from the run that `from=` names; all it has, before the tuning.
+def adopt(model: nn.Module, config: Config) -> None:
+    """Take over the stages of the run that `from=` names before this run's first; all, if it only tunes.
 
     Raises:
-        UserError: that run has not finished one of them.
+        UserError: that run has not finished one of those stages.
     """
+    first = min(config.running, default=LORA)
     if config.source is None:
         if 1 < first < LORA and any(getattr(m, "learns_score", False) for m in mixers_of(model)):
             logger.warning(
-                "stages=%s without from=: no stage 1 taught the pair scores, so the earliest pairs are kept",
+                "stages=%s without from=: no stage 1 taught the pair scores, so position alone decides",
                 config.stages,
             )
         return
-    found = stages_of(expanded(config.source))
-    needed = range(1, first) if first < LORA else sorted(found) or [1]
-    for number in needed:
+    source = expanded(config.source)
+    found = stages_of(source)
+    for number in range(1, first) if first < LORA else found:
         if number not in found or load_stage(found[number], model) is None:
             raise UserError(
                 f"from={config.source!r} is not possible; allowed: a run that has finished stage {number}."
             )
         logger.info("stage %d is taken from %s", number, found[number].parent.parent)
+    if load_config(source, "from").tunes:
+        logger.warning("of %s the stages are taken; its tuning with adapters is not", config.source)
 
 
 def describe(model: PreTrainedModel, conversion: Conversion, using: Yardstick) -> list[dict]:

@@ -197,14 +197,12 @@ def check_ranks(config: Config) -> None:
     many = processes(config)
     if many == 1:
         return
-    budgets = {f"stage{number}": getattr(config.budget, f"stage{number}") for number in config.stages}
-    if config.lora.kind != "none":
-        budgets["lora"] = config.budget.lora
-        if config.lora.qlora:
-            raise bad_value("lora.qlora", True, f"false, since {many} processes make this run")
+    if config.lora.kind != "none" and config.lora.qlora:
+        raise bad_value("lora.qlora", True, f"false, since {many} processes make this run")
+    budgets = {f"stage{number}": budget for number, budget in config.running.items()}
+    budgets |= {"lora": config.budget.lora} if config.tunes else {}
     for name, budget in budgets.items():
-        if budget.tokens:
-            split(budget.batch, config.stage.accumulate, many, f"budget.{name}.batch")
+        split(budget.batch, config.stage.accumulate, many, f"budget.{name}.batch")
     in_shards = asked_for() == "FSDP" or devices.sharding == "fsdp2"
     if in_shards and dtype_of(config.precision, device_of_choice()) == torch.float16:
         raise bad_value("precision", config.precision, "bf16 or fp32: gradients in shards are not scaled")

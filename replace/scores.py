@@ -56,7 +56,7 @@ PRIOR = -2.7
 class LearnedScore(Score):
     """A linear map of the attention layer's input, taught in stage 1 by the teacher's later attention.
 
-    At the start all scores are equal, so the earliest tokens are kept.
+    At the start all scores are equal, so the earliest tokens are kept, and in recent places the latest.
     """
 
     def __init__(self, heads: "Heads") -> None:

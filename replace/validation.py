@@ -561,7 +561,7 @@ def _check_stages(config: Config) -> None:
     for name in ("projection1", "map1", "gate", "score", "projection2", "map2", "stage3"):
         rate = getattr(stage, f"lr_{name}")
         _require(0 <= rate < 1, f"stage.lr_{name}", rate, "a learning rate from 0 to below 1")
-    if 3 in config.stages and config.budget.stage3.tokens:
+    if 3 in config.running:
         # One rate for all parameters, so that nothing would be trained.
         _require(
             stage.lr_stage3 > 0, "stage.lr_stage3", stage.lr_stage3, "above 0, or budget.stage3.tokens=0"
@@ -694,8 +694,7 @@ def _check_source(config: Config, run: Path) -> None:
             raise bad_value(
                 "from", str(run), f"a run with the same {part}; there {key} is {other!r}, here {mine!r}"
             )
-    tunes = config.lora.kind != "none" and config.budget.lora.tokens > 0
-    left = tunes or any(getattr(config.budget, f"stage{number}").tokens for number in config.stages)
+    left = bool(config.running) or config.tunes
     _require(left, "from", str(run), "nothing, where neither a stage nor a tuning is left to do")
     allowed = "stages after 1 where from= gives what came before"
     _require(1 not in config.stages, "stages", config.stages, allowed)

@@ -304,7 +304,7 @@ MISTAKES = [
     ),
     Mistake(
         "in recent places the older pairs are ahead",
-        [(MIXER, "rank = rank + self._pool_positions(blocks)", "rank = rank - self._pool_positions(blocks)")],
+        [(MIXER, "rank = rank + late", "rank = rank - late")],
         (PROPERTIES, "test_4_mixer and recent"),
     ),
     Mistake(

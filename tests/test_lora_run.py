@@ -73,6 +73,15 @@ def test_a_student_is_tuned_alone(tmp_path):
         assert all(torch.equal(before[key], after[key]) for key in before), name
 
 
+def test_a_tuned_run_gives_its_stages_and_says_that_its_tuning_stays_behind(whole, tmp_path, caplog):
+    folder, _ = whole
+    tuning = [word for word in TINY if not word.startswith("budget.stage")]
+    pipeline.run(compose([*tuning, "stages=[]", f"from={folder}"]), tmp_path / "again")
+    assert f"of {folder} the stages are taken; its tuning with adapters is not" in caplog.text
+    first, again = (load_file(run / "base" / "model.safetensors") for run in (folder, tmp_path / "again"))
+    assert all(torch.equal(first[key], again[key]) for key in first)
+
+
 def test_a_finished_run_that_is_continued_is_the_same(whole):
     folder, metrics = whole
     before = (folder / "model" / "model.safetensors").read_bytes()

@@ -146,7 +146,7 @@ def test_a_run_without_stage_1_cannot_be_taken_from_one_that_has_none(tmp_path):
     (tmp_path / "empty" / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
     config.source, config.stages = str(tmp_path / "empty"), [2]
     with pytest.raises(UserError, match="finished stage 1"):
-        pipeline.adopt(torch.nn.Linear(1, 1), config, 2)
+        pipeline.adopt(torch.nn.Linear(1, 1), config)
 
 
 def test_nothing_is_taken_over_where_nothing_is_left_to_do(tmp_path):

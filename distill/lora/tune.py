@@ -29,11 +29,6 @@ from replace.precision import cast_once
 logger = logging.getLogger(__name__)
 
 
-def tunes(config: Config) -> bool:
-    """Whether a run has this phase."""
-    return config.lora.kind != "none" and config.budget.lora.tokens > 0
-
-
 def check_tuning(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -58,10 +58,8 @@ def select_pairs(scores: Tensor, initial: Tensor, rank: Tensor | None = None, re
         order = torch.argsort(pool_score, dim=-1, descending=True, stable=True)
         if recent:
             assert rank is not None
-            lasting, rest = order[..., : keep - recent], order[..., keep - recent :].sort(dim=-1).values
-            rest_rank = rank.gather(-1, pool_index.gather(-1, rest))
-            rest = rest.gather(-1, torch.argsort(rest_rank, dim=-1, descending=True, stable=True))
-            order = torch.cat([lasting, rest], dim=-1)
+            pool_rank = rank.gather(-1, pool_index).scatter(-1, order[..., : keep - recent], torch.inf)
+            order = torch.argsort(pool_rank, dim=-1, descending=True, stable=True)
         kept, lost = order[..., :keep].sort(dim=-1).values, order[..., keep:]
         held_score, held_index = pool_score.gather(-1, kept), pool_index.gather(-1, kept)
         index.append(held_index)

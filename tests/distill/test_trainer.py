@@ -1,5 +1,6 @@
 """The loop: skips what is not finite, goes on where it stopped, and does not believe a damaged checkpoint."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -449,11 +450,12 @@ def test_failure_patterns_are_watched_for_and_remembered(tmp_path, config, caplo
 
 
 def run_of(folder, stages, source=None, **tokens):
-    """A run's folder with what its config says of stages."""
-    budget = {f"stage{number}": {"tokens": tokens.get(f"stage{number}", 64)} for number in (1, 2, 3)}
+    """A run's folder with its config."""
+    config = Config(stages=stages, source=None if source is None else str(source))
+    for name in ("stage1", "stage2", "stage3"):
+        getattr(config.budget, name).tokens = tokens.get(name, 64)
     folder.mkdir()
-    about = {"stages": stages, "source": None if source is None else str(source), "budget": budget}
-    (folder / "config.json").write_text(json.dumps(about))
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
     return folder
 
 
@@ -507,5 +509,5 @@ def test_what_a_run_s_weights_are_made_of(tmp_path):
     assert names(run_of(tmp_path / "idle", [3], first, stage3=0)) == {1: "first", 2: "first", 3: "first"}
     later = run_of(tmp_path / "later", [3], tmp_path / "moved")
     for run in (tmp_path / "nothing", later):
-        with pytest.raises(UserError, match=r"from=.* is not possible; allowed: a run's folder"):
+        with pytest.raises(UserError, match=r"from=.* is not possible; allowed: the folder of a run"):
             stages_of(run)

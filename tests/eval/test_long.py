@@ -338,7 +338,7 @@ def test_sinks_prove_nothing_either():
     assert reach.proves_nothing(slice(2, 9), 400) is None
     start = reach.exact_from(399)
     assert reach.proves_nothing(slice(start - 8, start), 400) is None
-    assert reach.proves_nothing(slice(start - 8, start + 1), 400) is not None
+    assert reach.proves_nothing(slice(start - 8, start + 1), 400) == "the needle lies inside the exact window"
 
 
 # Pass keys, cost, and all of them in a phase
@@ -352,7 +352,7 @@ def test_passkeys_go_beyond_the_positions_at_constant_bytes(student, tiny, confi
     assert all(len(cell["hits"]) == 1 for cell in found["cells"])
     assert all(len(cell["off"]["hits"]) == 1 for cell in found["cells"])
     teacher = MEASUREMENTS.get("passkey")(tiny.model, tiny.tokenizer, config, using)["passkey_long"]
-    assert teacher["means"][0]["exact"] is not None
+    assert teacher["means"][0]["exact"] in (0.0, 1.0)
     assert teacher["means"][1]["exact"] is None
     assert "4096 positions" in teacher["means"][1]["why"]
 

@@ -314,6 +314,21 @@ def test_of_an_unfinished_run_the_last_good_checkpoint_is_measured(unfinished, f
     assert "did not finish" in (unfinished / "eval" / "report.md").read_text()
 
 
+def test_of_an_unfinished_tuning_the_student_that_it_began_with_is_measured(finished, tmp_path, capsys):
+    run = tmp_path / "tuning"
+    run.mkdir()
+    config = json.loads((finished / "run" / "config.json").read_text())
+    config |= {"stages": [], "source": str(finished / "run")}
+    config["lora"]["kind"] = "peft"
+    (run / "config.json").write_text(json.dumps(config))
+    metrics = evaluated(capsys, f"run={run}", "eval=perplexity")
+    last = max(json.loads((finished / "run" / "config.json").read_text())["stages"])
+    assert metrics["checkpoint"] == {"stage": last, "step": None}
+    whole = read_metrics(finished / "run")["phases"][f"stage{last}"]["perplexity"]
+    for book, entry in metrics["phases"][f"stage{last}"]["perplexity"].items():
+        assert entry["ppl"] == pytest.approx(whole[book]["ppl"], rel=1e-3)
+
+
 def test_a_run_without_a_checkpoint_is_refused(unfinished, capsys):
     shutil.rmtree(unfinished / "checkpoints")
     assert main([f"run={unfinished}"]) == 2

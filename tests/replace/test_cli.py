@@ -19,6 +19,7 @@ from replace import validation
 from replace.__main__ import main
 from replace.compose import compose
 from replace.config import Config, ModelConfig
+from replace.dry_run import refuse_too_large
 from replace.errors import UserError
 from replace.loading import check_model
 
@@ -691,3 +692,10 @@ def test_what_is_refused_once_the_model_is_there_leaves_the_folder_to_the_mended
         assert main([*command, "lora.targets=[query]"]) == 2
         assert "error: lora.targets='query' is not possible" in capsys.readouterr().err
         assert not Path("run/config.json").exists()
+
+
+def test_a_tuning_alone_that_does_not_fit_is_refused_by_its_own_budget():
+    config = compose(["+exp=infini", "budget=smoke", "model=tiny", "lora=peft", "devices.memory=0.0001"])
+    config.stages = []
+    with pytest.raises(UserError, match=r"budget\.lora\.batch"):
+        refuse_too_large(config)

@@ -233,6 +233,21 @@ def test_4_gated_delta_with_rotated_queries_and_keys() -> None:
     close(attend(mixer, *tensors), oracle(mixer, *tensors))
 
 
+@pytest.mark.parametrize("fade", [0.1, 0.7, 3.0])
+@torch.no_grad()
+def test_4_ties_in_recent_places_are_decided_by_position_not_by_rounding(fade: float) -> None:
+    """Equal keys, so that age alone ranks the recent places; a slow one leaves whole stretches equal."""
+    mixer = mixer_of("window-recent", pairs=8, pairs_recent=0.5, pairs_fade=fade)
+    q, k, v, hidden = inputs(300)
+    k = k[:, :, :1].expand_as(k)
+    late = [round(j * fade) for j in range(300 - mixer.lookback * mixer.block)]
+    rest = sorted(range(mixer.options.sinks + 4, len(late)), key=lambda j: (-late[j], j))
+    want = sorted([*range(mixer.options.sinks, mixer.options.sinks + 4), *rest[:4]])
+    for cuts in ([300], [7, 293], [150, *[1] * 150]):
+        _, slot = in_pieces(mixer, cuts, q, k, v, hidden)
+        assert slot.state.pair_position[0].sort(-1).values.tolist() == [want] * 2
+
+
 @EVERY
 @torch.no_grad()
 def test_4_the_teachers_own_attention_is_honoured(name: str) -> None:
